@@ -1,0 +1,89 @@
+// Matching attention and its fused negative log-likelihood: what the CPU and CUDA kernels take.
+//
+//   z(q, i)     = scale * similarity(query_q, support_i)
+//   lse(q)      = logsumexp_i z(q, i)                       over the valid supports of the task
+//   logp(q, c)  = logsumexp_{i: y_i = c} z(q, i) - lse(q)   exactly -inf where class c has no support
+//   nll(q)      = -logp(q, target_q)                        0 where the target is outside [0, C)
+//
+// A support is valid when its label lies in [0, C); any other label marks padding, so that kernels
+// are memory safe whatever the labels hold. A task without a valid support has lse = -inf, logp = -inf.
+//
+// Backward, with G = grad, P = exp(logp), w(q, i) = exp(z(q, i) - lse(q) - logp(q, y_i)):
+//   dL/dz(q, i) = w(q, i) * (G(q, y_i) - P(q, y_i) * sum_c G(q, c))
+// where G is taken as 0 at classes without support (their logp is a constant). For nll G(q, c) is
+// -grad(q) at c = target_q and 0 elsewhere, and 0 altogether where nll(q) is +inf or ignored.
+#pragma once
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/types.h"
+
+namespace fastmeta::matching {
+
+enum class Similarity : int {
+  kDot,          // <q, s>
+  kCosine,       // <q, s> / (|q| |s|), 0 with zero gradient when either is the zero vector
+  kSqEuclidean,  // -|q - s|^2
+  kEuclidean,    // -|q - s|, zero gradient at coincident points
+  kAdditive,     // <weight, tanh(q + s)>, q and s already projected
+};
+
+// All arrays contiguous, row major. "scalar" is the dtype of query and support, "acc" its
+// accumulation type: float for float32, bfloat16 and float16, double for float64.
+struct Problem {
+  DType dtype;
+  Similarity similarity;
+  int64_t num_tasks, num_queries, num_supports, num_classes, dim;  // T, Q, S, C, D
+  const void* query;       // [T, Q, D] scalar
+  const void* support;     // [T, S, D] scalar
+  const int64_t* labels;   // [T, S]
+  const int64_t* targets;  // [T, Q] for nll; nullptr for attention
+  const void* scale;       // acc, [T] or, with scale_stride 0, [1]
+  int64_t scale_stride;    // 1 or 0
+  const void* weight;      // acc, [T, D] or, with weight_stride 0, [1, D]; additive only, else nullptr
+  int64_t weight_stride;   // D or 0
+};
+
+struct Forward {
+  Problem problem;
+  void* out;  // acc: logp [T, Q, C], or with targets nll [T, Q]
+  void* lse;  // acc: [T, Q]
+};
+
+struct Backward {
+  Problem problem;
+  const void* grad;    // acc, shaped like out
+  const void* out;     // acc, of the forward
+  const void* lse;     // acc, [T, Q]
+  void* grad_query;    // scalar, [T, Q, D]
+  void* grad_support;  // scalar, [T, S, D]; zero at padding
+  void* grad_scale;    // acc, [T]
+  void* grad_weight;   // acc, [T, D]; nullptr unless additive
+};
+
+#define FASTMETA_MATCHING_CPU(ISA)                    \
+  namespace ISA {                                     \
+  void forward(const Forward& args, ParallelFor par); \
+  void backward(const Backward& args, ParallelFor par); \
+  }
+FASTMETA_MATCHING_CPU(baseline)
+FASTMETA_MATCHING_CPU(avx2)
+FASTMETA_MATCHING_CPU(avx512)
+#undef FASTMETA_MATCHING_CPU
+
+// Launchers of matching_attention_cuda.cu. stream is a cudaStream_t of the current device; workspace is
+// device memory of *_workspace() bytes, 16-byte aligned, free to go once the stream has passed the call.
+// order [T, S] lists each task's supports sorted by class (stable), padding last; class_start
+// [T, C + 1] where each class begins in it.
+namespace cuda {
+struct Sorted {
+  const int64_t* order;
+  const int64_t* class_start;
+};
+int64_t forward_workspace(const Problem& problem);
+void forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream);
+int64_t backward_workspace(const Problem& problem);
+void backward(const Backward& args, const Sorted& sorted, void* workspace, void* stream);
+}  // namespace cuda
+
+}  // namespace fastmeta::matching

@@ -1,0 +1,6 @@
+"""The ops, one file a family: schema, reference, derivative rules, public function."""
+
+from fastmeta.ops.matching import matching_attention as matching_attention
+from fastmeta.ops.matching import matching_nll as matching_nll
+from fastmeta.ops.segment import segment_mean as segment_mean
+from fastmeta.ops.update import sgd_update as sgd_update

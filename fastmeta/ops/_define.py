@@ -1,0 +1,222 @@
+"""How an op of fastmeta is defined: one call binds its schema, reference and derivative rules.
+
+Schemas live in Python and every reference is registered for all devices
+(``CompositeExplicitAutograd``); the compiled extension only adds CPU and CUDA kernels over it. So a
+missing extension changes speed, not behaviour.
+
+Autograd has two routes, because a ``torch.library`` op with a registered autograd formula raises
+under ``torch.func`` transforms and gives forward-mode AD a silent zero:
+
+* normally the raw op is called, whose formula ``register_autograd`` holds;
+* while functorch transforms or forward-mode AD are active, the same formula runs through a
+  ``torch.autograd.Function`` with a ``vmap`` rule. It has no ``jvp``: forward-mode AD raises there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["LIBRARY", "OPS", "acc_dtype", "define_op", "fold_tasks"]
+
+LIBRARY = torch.library.Library("fastmeta", "DEF")
+
+#: Names of all ops defined so far, in order: what ``fastmeta info`` lists.
+OPS: list[str] = []
+
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def _forward_ad_active() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype that kernels accumulate in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _flatten(args: Sequence[Any]) -> tuple[tuple[int | None, ...], list[Any]]:
+    """Lists among ``args`` laid out flat; the spec holds their lengths, None for any other value."""
+    spec = tuple(len(a) if isinstance(a, (list, tuple)) else None for a in args)
+    flat: list[Any] = []
+    for value, length in zip(args, spec, strict=True):
+        if length is None:
+            flat.append(value)
+        else:
+            flat.extend(value)
+    return spec, flat
+
+
+def _unflatten(spec: tuple[int | None, ...], flat: Sequence[Any]) -> tuple[Any, ...]:
+    values: list[Any] = []
+    start = 0
+    for length in spec:
+        values.append(flat[start] if length is None else list(flat[start : start + length]))
+        start += 1 if length is None else length
+    return tuple(values)
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Define ``fastmeta::<op>`` and return the function that calls it on the right autograd route.
+
+    Args:
+        schema: Op schema, ``"name(Tensor a, Tensor[] b, int c) -> Tensor"``; positional arguments only.
+        reference: Pure PyTorch implementation, the fallback on every device.
+        fake: Shape function for ``torch.compile`` and ``torch.export``; never reads data.
+        setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
+        backward: ``(ctx, *grads)``, returns one gradient (or list, or None) an input, computed by
+            differentiable operations; ``ctx.needs_input_grad`` has a list of flags for a list input.
+        vmap: ``(info, in_dims, *inputs)``, returns ``(output, out_dims)``.
+
+    Returns:
+        A function of the op's positional arguments.
+    """
+    name = schema.split("(", 1)[0]
+    OPS.append(name)
+    LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    qualified = f"fastmeta::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        qualified, backward, setup_context=setup_context, lib=LIBRARY
+    )
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    raw = getattr(torch.ops.fastmeta, name).default
+
+    def function_forward(spec: Any, *flat: Any) -> Any:
+        output = raw(*_unflatten(spec, flat))
+        return _flat_output(output)
+
+    def function_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        spec, *flat = inputs
+        ctx.spec = spec
+        setup_context(ctx, _unflatten(spec, flat), output)
+
+    def function_backward(ctx: Any, *grads: Any) -> Any:
+        view = _StructuredContext(ctx)
+        result = backward(view, *_unflat_grads(raw, grads))
+        _, flat = _flatten(result if isinstance(result, tuple) else (result,))
+        return (None, *flat)
+
+    def function_vmap(info: Any, in_dims: Any, spec: Any, *flat: Any) -> Any:
+        output, out_dims = vmap(info, _unflatten(spec, in_dims[1:]), *_unflatten(spec, flat))
+        if isinstance(output, Tensor):
+            return output, out_dims
+        _, flat_output = _flatten(output)
+        if not isinstance(out_dims, (list, tuple)):
+            return tuple(flat_output), tuple(out_dims for _ in flat_output)
+        return tuple(flat_output), tuple(_flatten(out_dims)[1])
+
+    function = type(
+        "".join(part.capitalize() for part in name.split("_")),
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(function_forward),
+            "setup_context": staticmethod(function_setup_context),
+            "backward": staticmethod(function_backward),
+            "vmap": staticmethod(function_vmap),
+        },
+    )
+
+    @torch.compiler.allow_in_graph
+    def functorch_call(*args: Any) -> Any:
+        spec, flat = _flatten(args)
+        return _structured_output(raw, function.apply(spec, *flat), args)  # type: ignore[attr-defined]
+
+    def call(*args: Any) -> Any:
+        if _functorch_active() or _forward_ad_active():
+            return functorch_call(*args)
+        return raw(*args)
+
+    call.__name__ = name
+    return call
+
+
+def _flat_output(output: Any) -> Any:
+    """Autograd Functions return a tensor or a flat tuple of tensors."""
+    if isinstance(output, Tensor):
+        return output
+    return tuple(_flatten(output)[1])
+
+
+def _list_returns(raw: Any) -> list[bool]:
+    return [str(r.type) == "List[Tensor]" for r in raw._schema.returns]
+
+
+def _structured_output(raw: Any, output: Any, args: Sequence[Any]) -> Any:
+    """Inverse of `_flat_output`. Every list an op returns is as long as its first list argument."""
+    kinds = _list_returns(raw)
+    if not any(kinds):
+        return output
+    length = next(len(a) for a in args if isinstance(a, (list, tuple)))
+    values = _unflatten(tuple(length if k else None for k in kinds), output)
+    return values[0] if len(values) == 1 else values
+
+
+def _unflat_grads(raw: Any, grads: Sequence[Any]) -> Sequence[Any]:
+    kinds = _list_returns(raw)
+    if not any(kinds):
+        return grads
+    length = len(grads) // len(kinds)
+    return _unflatten(tuple(length if k else None for k in kinds), grads)
+
+
+class _StructuredContext:
+    """A Function's ctx whose ``needs_input_grad`` is structured as ``register_autograd`` has it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.needs_input_grad = _unflatten(ctx.spec, ctx.needs_input_grad[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def fold_tasks(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Vmap rule of ops whose tensors all lead with the task dimension: the mapped dim joins it.
+
+    A tensor argument has T rows, or one that serves all tasks (a shared ``scale``); every output has T.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        batch = info.batch_size
+        tensors = [
+            (a if d is None else a.movedim(d, 0)[0])
+            for a, d in zip(args, in_dims, strict=True)
+            if isinstance(a, Tensor)
+        ]
+        tasks = max((t.shape[0] for t in tensors), default=1)
+        if any(t.shape[0] == 0 for t in tensors):
+            tasks = 0
+
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor) or (dim is None and arg.shape[0] != tasks):
+                return arg
+            arg = arg.unsqueeze(0).expand(batch, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            if arg.shape[1] != tasks:
+                arg = arg.expand(batch, tasks, *arg.shape[2:])
+            return arg.reshape(batch * tasks, *arg.shape[2:])
+
+        output = call(*(fold(a, d) for a, d in zip(args, in_dims, strict=True)))
+
+        def unfold(value: Tensor) -> Tensor:
+            return value.reshape(batch, tasks, *value.shape[1:])
+
+        if isinstance(output, Tensor):
+            return unfold(output), 0
+        return tuple(unfold(v) for v in output), tuple(0 for _ in output)
+
+    return rule

@@ -1,0 +1,502 @@
+"""Ops ``matching_attention`` and ``matching_nll``: softmax attention over a labelled support set.
+
+Sections: public functions, checks, schema and derivative rules of each op. The reference is in
+``_matching_reference.py``, the kernels in ``csrc/matching/``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.errors import (
+    IGNORE_INDEX,
+    check_choice,
+    check_float_tensor,
+    check_int_tensor,
+    check_labels,
+    fail,
+    is_tracing,
+)
+from fastmeta.ops import _matching_reference as reference
+from fastmeta.ops._define import acc_dtype, define_op, fold_tasks
+from fastmeta.ops._matching_reference import SIMILARITIES
+
+__all__ = ["SIMILARITIES", "matching_attention", "matching_nll"]
+
+
+def matching_attention(
+    query: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    similarity: str = "cosine",
+    scale: float | Tensor = 1.0,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    output: str = "log_probs",
+) -> Tensor:
+    r"""Classify queries by softmax attention over a labelled support set.
+
+    .. math:: \log p(c \mid q) = \operatorname{logsumexp}_{i: y_i = c} z_i
+              - \operatorname{logsumexp}_i z_i, \qquad
+              z_i = \mathrm{scale} \cdot \mathrm{similarity}(q, s_i)
+
+    Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
+    the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward or
+    backward (the double backward runs in plain PyTorch and holds them).
+
+    Args:
+        query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
+        support: Tensor[..., S, D], dtype and device of ``query``; leading (task) dimensions broadcast.
+        labels: Tensor[..., S] of integers in [0, ``num_classes``); -100 marks padding.
+        num_classes: C, at least 1.
+        similarity: ``"dot"``, ``"cosine"`` (0 with zero gradient for a zero vector),
+            ``"sqeuclidean"`` (negative squared distance), ``"euclidean"`` (negative distance, zero
+            gradient at coincident points), or ``"additive"``: ``weight . tanh(q + s)`` of Bahdanau
+            et al. 2015 with ``query`` and ``support`` already projected (``W_q q``, ``W_s s``).
+        scale: Inverse temperature, dimensionless: a number, or a tensor of one element or of the
+            leading shape (one per task), differentiable.
+        lengths: Tensor[...] of integers: only the first ``lengths`` supports of a task count.
+        mask: Tensor[..., S] of bool, True where a support counts. Not together with ``lengths``.
+        weight: Tensor[D] or Tensor[..., D], for ``"additive"`` only.
+        output: ``"log_probs"`` or ``"probs"``.
+
+    Returns:
+        Tensor[..., Q, C] in the dtype of ``query``; under autocast in float32, as torch's own
+        ``log_softmax``. A class without support gets exactly -inf (probability 0) and sends no
+        gradient; so do all classes of a task without any support.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape, device, label or option does not fit; the message names the argument.
+
+    Note:
+        Accumulates in float32 (float64 for float64). ``"sqeuclidean"`` uses norms and inner products:
+        its error is relative to the squared norms. A NaN or infinity in a query spoils that query's
+        row, one in a valid support all rows of its task; nothing else. Labels are checked on the CPU;
+        on CUDA, where looking would stall the stream, and under tracing, a label outside the range
+        counts as padding. Deterministic, independent of the number of threads. Differentiable to any
+        order in query, support, scale and weight; works under ``torch.func`` transforms and
+        ``torch.compile``; forward-mode AD raises.
+
+    Example:
+        >>> import torch, fastmeta as fm
+        >>> support, labels = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> fm.matching_attention(torch.eye(3)[:1], support, labels, 2, scale=10.0, output="probs")
+        tensor([[9.9991e-01, 9.0792e-05]])
+    """
+    name = "matching_attention"
+    check_choice(name, "output", output, ("log_probs", "probs"))
+    inputs = _Inputs(
+        name, query, support, labels, num_classes, similarity, scale, lengths, mask, weight
+    )
+    logp = _attention(*inputs.args, num_classes, similarity)[0]
+    if output == "probs":
+        logp = logp.exp()
+    return inputs.restore(logp)
+
+
+def matching_nll(
+    query: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    *,
+    similarity: str = "cosine",
+    scale: float | Tensor = 1.0,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of the query labels under `matching_attention`, in one op.
+
+    The loss of Vinyals et al. 2016 (arXiv:1606.04080, eq. 2): ``-log p(target_q | q)``; no [Q, C]
+    array exists either. Options shared with :func:`matching_attention` mean the same here.
+
+    Args:
+        query: Tensor[..., Q, D].
+        support: Tensor[..., S, D].
+        labels: Tensor[..., S] of integers in [0, ``num_classes``); -100 marks padding.
+        targets: Tensor[..., Q] of integers in [0, ``num_classes``), or ``ignore_index``.
+        num_classes: C, at least 1.
+        similarity: See :func:`matching_attention`.
+        scale: See :func:`matching_attention`.
+        lengths: See :func:`matching_attention`.
+        mask: See :func:`matching_attention`.
+        weight: See :func:`matching_attention`.
+        ignore_index: Target of queries that do not count: loss 0, no gradient.
+        reduction: ``"mean"`` over the queries that count (NaN when none does, as torch's
+            ``nll_loss``), ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or with ``"none"`` Tensor[..., Q]. A query whose target class has no support has
+        loss +inf and sends no gradient.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape, device, label or option does not fit; the message names the argument.
+
+    Note:
+        See :func:`matching_attention` for accuracy, determinism and transforms.
+
+    Example:
+        >>> import torch, fastmeta as fm
+        >>> support, labels = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> fm.matching_nll(torch.eye(3), support, labels, labels, 2, scale=10.0)
+        tensor(6.0525e-05)
+    """
+    name = "matching_nll"
+    check_choice(name, "reduction", reduction, ("mean", "sum", "none"))
+    inputs = _Inputs(
+        name, query, support, labels, num_classes, similarity, scale, lengths, mask, weight
+    )
+    targets = inputs.targets(targets, ignore_index)
+    q, s, y, *rest = inputs.args
+    losses = _nll(q, s, y, targets, *rest, num_classes, similarity)[0]
+    if reduction == "none":
+        return inputs.restore(losses)
+    total = losses.sum()
+    if reduction == "mean":
+        total = total / ((targets >= 0) & (targets < num_classes)).sum()
+    return total.to(inputs.out_dtype)
+
+
+class _Inputs:
+    """Checked arguments of a matching op, folded to one task dimension: ``args`` is what raw ops take."""
+
+    def __init__(
+        self,
+        function: str,
+        query: Tensor,
+        support: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        similarity: str,
+        scale: float | Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor | None,
+    ) -> None:
+        self.function = function
+        check_float_tensor(function, "query", query, min_dim=2)
+        check_float_tensor(function, "support", support, min_dim=2)
+        check_choice(function, "similarity", similarity, SIMILARITIES)
+        device = query.device
+        if support.device != device:
+            fail(ValueError, function, "support", f"on {device}, like query", support.device)
+        autocast = torch.is_autocast_enabled(device.type)
+        if query.dtype != support.dtype:
+            if not autocast:
+                fail(TypeError, function, "support", f"{query.dtype}, like query", support.dtype)
+            dtype = torch.promote_types(query.dtype, support.dtype)
+            query, support = query.to(dtype), support.to(dtype)
+        acc = acc_dtype(query.dtype)
+        self.out_dtype = acc if autocast else query.dtype
+        if support.shape[-1] != query.shape[-1]:
+            wanted = f"of shape [..., S, D={query.shape[-1]}], like query"
+            fail(ValueError, function, "support", wanted, f"shape {list(support.shape)}")
+        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
+            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
+        self.num_classes = num_classes
+
+        check_int_tensor(function, "labels", labels, device=device)
+        if labels.dim() < 1 or labels.shape[-1] != support.shape[-2]:
+            wanted = f"of shape [..., S={support.shape[-2]}], like support"
+            fail(ValueError, function, "labels", wanted, f"shape {list(labels.shape)}")
+        labels = _mask_labels(function, labels, lengths, mask, device)
+        check_labels(function, "labels", labels, num_classes)
+
+        leading = [query.shape[:-2], support.shape[:-2], labels.shape[:-1]]
+        scale = _scale_tensor(function, scale, acc, device)
+        if scale.numel() != 1:
+            leading.append(scale.shape)
+        if (similarity == "additive") != (weight is not None):
+            wanted = "given with similarity='additive', and only then"
+            fail(ValueError, function, "weight", wanted, f"{similarity=} with weight={weight is not None}")
+        if weight is not None:
+            check_float_tensor(function, "weight", weight, min_dim=1)
+            if weight.shape[-1] != query.shape[-1] or weight.device != device:
+                wanted = f"of shape [..., D={query.shape[-1]}] on {device}"
+                fail(ValueError, function, "weight", wanted, f"{list(weight.shape)} on {weight.device}")
+            leading.append(weight.shape[:-1])
+        try:
+            self.leading = torch.broadcast_shapes(*leading)
+        except RuntimeError:
+            shapes = ", ".join(str(list(shape)) for shape in leading)
+            wanted = "of leading dimensions that broadcast"
+            fail(ValueError, function, "query, support, labels, scale", wanted, shapes)
+        self.args = (
+            self._fold(query, 2),
+            self._fold(support, 2),
+            self._fold(labels, 1),
+            scale.reshape(1) if scale.numel() == 1 else self._fold(scale, 0),
+            None if weight is None else self._fold_weight(weight.to(acc)),
+        )
+
+    def _fold(self, tensor: Tensor, trailing: int) -> Tensor:
+        """[..., *trailing] -> [T, *trailing]."""
+        tail = tensor.shape[tensor.dim() - trailing :]
+        if len(self.leading) == 1 and tensor.dim() == trailing + 1 and tensor.shape[0] == self.leading[0]:
+            return tensor
+        return tensor.expand(*self.leading, *tail).reshape(math.prod(self.leading), *tail)
+
+    def _fold_weight(self, weight: Tensor) -> Tensor:
+        return weight.unsqueeze(0) if weight.dim() == 1 else self._fold(weight, 1)
+
+    def targets(self, targets: Tensor, ignore_index: int) -> Tensor:
+        """Checked query targets [T, Q], ignored ones as -100."""
+        query = self.args[0]
+        check_int_tensor(self.function, "targets", targets, device=query.device)
+        if targets.dim() < 1 or targets.shape[-1] != query.shape[1]:
+            wanted = f"of shape [..., Q={query.shape[1]}], like query"
+            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
+        try:
+            fits = torch.broadcast_shapes(targets.shape[:-1], self.leading) == self.leading
+        except RuntimeError:
+            fits = False
+        if not fits:
+            wanted = f"of leading shape {list(self.leading)}"
+            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
+        targets = targets.long()
+        check_labels(self.function, "targets", targets, self.num_classes, ignore_index)
+        if ignore_index != IGNORE_INDEX:
+            targets = torch.where(targets == ignore_index, IGNORE_INDEX, targets)
+        return self._fold(targets, 1)
+
+    def restore(self, value: Tensor) -> Tensor:
+        """[T, ...] -> [*leading, ...] in the output dtype."""
+        value = value.to(self.out_dtype)
+        if len(self.leading) == 1:
+            return value
+        return value.reshape(*self.leading, *value.shape[1:])
+
+
+def _scale_tensor(
+    function: str, scale: float | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
+        return torch.full((1,), float(scale), dtype=dtype, device=device)
+    check_float_tensor(function, "scale", scale)
+    if scale.device != device:
+        fail(ValueError, function, "scale", f"on {device}, like query", scale.device)
+    return scale.to(dtype)
+
+
+def _mask_labels(
+    function: str,
+    labels: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Labels as int64 with -100 where ``lengths`` or ``mask`` leave a support out."""
+    labels = labels.long()
+    if lengths is None and mask is None:
+        return labels
+    supports = labels.shape[-1]
+    if lengths is not None:
+        if mask is not None:
+            fail(ValueError, function, "mask", "None when lengths is given", "both")
+        check_int_tensor(function, "lengths", lengths, device=device)
+        if not is_tracing(lengths) and device.type == "cpu" and lengths.numel():
+            low, high = (int(v) for v in torch.aminmax(lengths))
+            if low < 0 or high > supports:
+                fail(ValueError, function, "lengths", f"in [0, S={supports}]", f"[{low}, {high}]")
+        mask = torch.arange(supports, device=device) < lengths.unsqueeze(-1)
+    assert mask is not None
+    if mask.dtype != torch.bool or mask.device != device:
+        fail(TypeError, function, "mask", f"bool on {device}", f"{mask.dtype} on {mask.device}")
+    if mask.dim() < 1 or mask.shape[-1] != supports:
+        fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
+    return torch.where(mask, labels, IGNORE_INDEX)
+
+
+# --- matching_attention ---------------------------------------------------------------------------
+
+
+def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    acc, (tasks, queries, _) = acc_dtype(query.dtype), query.shape
+    num_classes = args[-2]
+    return (
+        query.new_empty((tasks, queries, num_classes), dtype=acc),
+        query.new_empty((tasks, queries), dtype=acc),
+    )
+
+
+def _fake_backward(_grad: Tensor, query: Tensor, support: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    acc, tasks = acc_dtype(query.dtype), query.shape[0]
+    width = 0 if _weight_of(args) is None else query.shape[2]
+    return (
+        query.new_empty(query.shape),
+        support.new_empty(support.shape),
+        query.new_empty((tasks,), dtype=acc),
+        query.new_empty((tasks, width), dtype=acc),
+    )
+
+
+def _weight_of(args: tuple[Any, ...]) -> Tensor | None:
+    """``weight`` among the trailing arguments of a backward op: (..., weight, out, lse, C, sim)."""
+    weight: Tensor | None = args[-5]
+    return weight
+
+
+def _sum_shared(grad: Tensor, shared: Tensor) -> Tensor:
+    """Gradient per task to that of a tensor that may serve all tasks."""
+    return grad if shared.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)
+
+
+def _differentiate(reference_backward: Callable[..., Any], num_int: int) -> Callable[..., Any]:
+    """Autograd formula of a backward op: differentiate the reference's first-order formula.
+
+    That recomputes ``out`` and ``lse`` from query and support, so that their dependence counts and
+    every further order is right.
+    """
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        grad, query, support, *ints, scale, weight = ctx.saved_tensors
+        tasks, like = query.shape[0], acc_dtype(query.dtype)
+        width = 0 if weight is None else query.shape[2]
+        shapes = [query.shape, support.shape, (tasks,), (tasks, width)]
+        dtypes = [query.dtype, support.dtype, like, like]
+        cotangents = tuple(
+            query.new_zeros(shape, dtype=dtype) if c is None else c
+            for c, shape, dtype in zip(cotangents, shapes, dtypes, strict=True)
+        )
+
+        def first_order(grad: Tensor, query: Tensor, support: Tensor, scale: Tensor, *w: Tensor) -> Any:
+            return reference_backward(
+                grad, query, support, *ints, scale, w[0] if w else None, *ctx.options
+            )
+
+        primals = [grad, query, support, scale] + ([] if weight is None else [weight])
+        _, vjp = torch.func.vjp(first_order, *primals)
+        grad_grad, grad_query, grad_support, grad_scale, *grad_weight = vjp(cotangents)
+        return (
+            grad_grad,
+            grad_query,
+            grad_support,
+            *(None for _ in range(num_int)),
+            grad_scale,
+            grad_weight[0] if grad_weight else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+    return backward
+
+
+def _setup_backward(num_int: int) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, _out, _lse, num_classes, similarity = inputs
+        assert len(tensors) == 5 + num_int
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.options = (num_classes, similarity)
+
+    return setup_context
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, support, labels, scale, weight, num_classes, similarity = inputs
+    logp, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, support, labels, scale, weight, logp, lse)
+    ctx.options = (num_classes, similarity)
+
+
+def _attention_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    query, support, labels, scale, weight, logp, lse = ctx.saved_tensors
+    dq, ds, dscale, dweight = _attention_backward(
+        grad, query, support, labels, scale, weight, logp, lse, *ctx.options
+    )
+    dweight = None if weight is None else _sum_shared(dweight, weight)
+    return dq, ds, None, _sum_shared(dscale, scale), dweight, None, None
+
+
+_attention_backward = define_op(
+    "matching_attention_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, Tensor scale, "
+    "Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, str similarity) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.attention_backward(*a[:6], *a[8:]),
+    fake=_fake_backward,
+    setup_context=_setup_backward(1),
+    backward=_differentiate(reference.attention_backward, 1),
+    vmap=fold_tasks(lambda *a: _attention_backward(*a)),
+)
+
+_attention = define_op(
+    "matching_attention(Tensor query, Tensor support, Tensor labels, Tensor scale, Tensor? weight, "
+    "SymInt num_classes, str similarity) -> (Tensor, Tensor)",
+    reference=reference.attention,
+    fake=_fake,
+    setup_context=_attention_setup,
+    backward=_attention_grads,
+    vmap=fold_tasks(lambda *a: _attention(*a)),
+)
+
+
+# --- matching_nll ---------------------------------------------------------------------------------
+
+
+def _fake_nll(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+    acc = acc_dtype(query.dtype)
+    return query.new_empty(query.shape[:2], dtype=acc), query.new_empty(query.shape[:2], dtype=acc)
+
+
+def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, num_classes, similarity = inputs
+    losses, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, losses, lse)
+    ctx.options = (num_classes, similarity)
+
+
+def _nll_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
+    query, support, labels, targets, scale, weight, losses, lse = ctx.saved_tensors
+    dq, ds, dscale, dweight = _nll_backward(
+        grad, query, support, labels, targets, scale, weight, losses, lse, *ctx.options
+    )
+    dweight = None if weight is None else _sum_shared(dweight, weight)
+    return dq, ds, None, None, _sum_shared(dscale, scale), dweight, None, None
+
+
+_nll_backward = define_op(
+    "matching_nll_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, Tensor targets, "
+    "Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, str similarity) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.nll_backward(*a[:7], *a[9:]),
+    fake=_fake_backward,
+    setup_context=_setup_backward(2),
+    backward=_differentiate(reference.nll_backward, 2),
+    vmap=fold_tasks(lambda *a: _nll_backward(*a)),
+)
+
+_nll = define_op(
+    "matching_nll(Tensor query, Tensor support, Tensor labels, Tensor targets, Tensor scale, "
+    "Tensor? weight, SymInt num_classes, str similarity) -> (Tensor, Tensor)",
+    reference=reference.nll,
+    fake=_fake_nll,
+    setup_context=_nll_setup,
+    backward=_nll_grads,
+    vmap=fold_tasks(lambda *a: _nll(*a)),
+)
