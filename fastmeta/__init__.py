@@ -1,8 +1,15 @@
-"""Fused few-shot and meta-learning for PyTorch."""
+"""Fast few-shot and meta-learning training for PyTorch.
 
-from fastmeta._version import __version__ as __version__
-from fastmeta.errors import IGNORE_INDEX as IGNORE_INDEX
-from fastmeta.ops import matching_attention as matching_attention
+Fused ops for the softmax attention of Matching Networks and for inner-loop updates, differentiable
+to second order, and the learners built on them. ``fm.backend_info()`` tells what runs compiled.
+"""
+
+from fastmeta.ops import matching_attention as matching_attention  # schemas before kernels
 from fastmeta.ops import matching_nll as matching_nll
 from fastmeta.ops import segment_mean as segment_mean
 from fastmeta.ops import sgd_update as sgd_update
+
+from fastmeta import _native as _native  # isort: skip
+from fastmeta._version import __version__ as __version__
+from fastmeta.errors import IGNORE_INDEX as IGNORE_INDEX
+from fastmeta.info import backend_info as backend_info

@@ -36,7 +36,7 @@ struct SgdBackwardTensor {
   int64_t num_tasks, num_elements;
   Operand grad_out, grad, lr;
   void* grad_grad;  // [T_p, N_p] contiguous, in dtype
-  void* grad_lr;    // acc, laid out by lr's strides: [T, N], [N], [T] or [1]
+  void* grad_lr;    // acc, laid out by lr's strides: [T, N], [N], [T] or [1]; nullptr: not wanted
 };
 
 struct SgdBackward {

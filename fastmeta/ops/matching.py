@@ -23,7 +23,7 @@ from fastmeta.errors import (
     is_tracing,
 )
 from fastmeta.ops import _matching_reference as reference
-from fastmeta.ops._define import acc_dtype, define_op, fold_tasks
+from fastmeta.ops._define import LIBRARY, acc_dtype, define_op, fold_tasks
 from fastmeta.ops._matching_reference import SIMILARITIES
 
 __all__ = ["SIMILARITIES", "matching_attention", "matching_nll"]
@@ -321,6 +321,23 @@ def _mask_labels(
     if mask.dim() < 1 or mask.shape[-1] != supports:
         fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
     return torch.where(mask, labels, IGNORE_INDEX)
+
+
+# --- class_order ----------------------------------------------------------------------------------
+# Not differentiable and not public: what the CUDA bridge sorts a task's supports with.
+
+LIBRARY.define("class_order(Tensor labels, SymInt num_classes) -> (Tensor, Tensor)")
+
+
+def _class_order(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Supports in class order [T, S], padding last, and where each class begins in it [T, C + 1]."""
+    key = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    ordered, order = torch.sort(key, dim=1, stable=True)
+    classes = torch.arange(num_classes + 1, device=labels.device).expand(labels.shape[0], -1)
+    return order, torch.searchsorted(ordered, classes.contiguous())
+
+
+LIBRARY.impl("class_order", _class_order, "CompositeExplicitAutograd")
 
 
 # --- matching_attention ---------------------------------------------------------------------------

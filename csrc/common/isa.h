@@ -1,0 +1,68 @@
+// Instruction sets of the CPU kernels: which there are, which the machine can run, which is chosen.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fastmeta {
+
+enum class Isa : int { kBaseline, kAvx2, kAvx512 };
+
+inline const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+}
+
+// The best set that both this build and this machine have.
+inline Isa best_isa() {
+#if defined(FASTMETA_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return Isa::kAvx2;
+  }
+#endif
+  return Isa::kBaseline;
+}
+
+// The set named by text; throws std::invalid_argument for any other text.
+inline Isa parse_isa(const std::string& text) {
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (text == isa_name(isa)) return isa;
+  }
+  throw std::invalid_argument("FASTMETA_CPU_ISA must be baseline, avx2 or avx512, got '" + text +
+                              "'");
+}
+
+// Chosen once: the best set, or a lower one that FASTMETA_CPU_ISA names. It never goes above the best.
+inline Isa& mutable_isa() {
+  static Isa chosen = [] {
+    const char* cap = std::getenv("FASTMETA_CPU_ISA");
+    const Isa best = best_isa();
+    if (cap == nullptr || *cap == '\0') return best;
+    const Isa asked = parse_isa(cap);
+    return asked < best ? asked : best;
+  }();
+  return chosen;
+}
+inline Isa current_isa() { return mutable_isa(); }
+
+// FASTMETA_DISPATCH(isa, matching, forward, args...) calls fastmeta::matching::<isa>::forward(args...).
+#if defined(FASTMETA_X86)
+#define FASTMETA_DISPATCH(isa, family, function, ...)                                    \
+  do {                                                                                   \
+    switch (isa) {                                                                       \
+      case ::fastmeta::Isa::kAvx512: ::fastmeta::family::avx512::function(__VA_ARGS__); break; \
+      case ::fastmeta::Isa::kAvx2: ::fastmeta::family::avx2::function(__VA_ARGS__); break;     \
+      default: ::fastmeta::family::baseline::function(__VA_ARGS__); break;               \
+    }                                                                                    \
+  } while (0)
+#else
+#define FASTMETA_DISPATCH(isa, family, function, ...) \
+  ::fastmeta::family::baseline::function(__VA_ARGS__)
+#endif
+
+}  // namespace fastmeta

@@ -1,0 +1,95 @@
+// What the bridges between torch and the torch-free kernels share. LibTorch stable ABI only.
+//
+// A bridge file is compiled twice: for the CPU into fastmeta._C, and with FASTMETA_CUDA into
+// fastmeta._C_cuda, so that a build with CUDA still serves where no CUDA torch is installed.
+// Arguments are checked in Python, where errors can name them; the checks here are the safety net of
+// those who call torch.ops.fastmeta.* themselves.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/types.h"
+
+#if defined(FASTMETA_CUDA)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#define FASTMETA_DEVICE_KEY CUDA
+#else
+#define FASTMETA_DEVICE_KEY CPU
+#endif
+
+namespace fastmeta::bridge {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "fastmeta: expected a floating dtype");
+  }
+}
+
+// The dtype that kernels accumulate in and that log-probabilities, losses and rates have.
+inline ScalarType acc_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& size) {
+  bool same = tensor.dim() == static_cast<int64_t>(size.size());
+  for (size_t i = 0; same && i < size.size(); ++i) same = tensor.size(i) == size[i];
+  STD_TORCH_CHECK(same, "fastmeta: ", name, " has an unexpected shape");
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastmeta: ", name, " has an unexpected dtype");
+}
+
+// torch's own thread pool, so that torch.set_num_threads holds.
+inline void parallel_for(int64_t total, int64_t grain, RangeBody body, void* context) {
+  if (total <= 0) return;
+  if (total <= grain) {
+    body(context, 0, total);
+    return;
+  }
+  torch::stable::parallel_for(0, total, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+#if defined(FASTMETA_CUDA)
+// Makes the tensor's device current while it lives, and holds that device's current stream.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+#endif
+
+}  // namespace fastmeta::bridge
