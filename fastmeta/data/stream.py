@@ -1,0 +1,163 @@
+"""Streams of episodes: iteration, worker processes and resuming, for any source of tasks."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastmeta.data.episode import Episode
+from fastmeta.errors import fail
+
+__all__ = ["EpisodeStream", "check_integer", "task_generator"]
+
+
+def task_generator(seed: int, task: int) -> np.random.Generator:
+    """The random generator of one task: a function of ``(seed, task)`` and of nothing else.
+
+    Philox is counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): two
+    keys give independent streams, so a task can be made alone, in any order and in any process.
+    """
+    return np.random.Generator(np.random.Philox(key=np.array([seed, task], dtype=np.uint64)))
+
+
+class EpisodeStream(ABC):
+    """A seeded stream of batches of tasks.
+
+    Batch ``i`` holds tasks ``i * tasks`` to ``(i + 1) * tasks - 1``, and a task depends on the seed
+    and its number alone. So the stream is the same with any number of workers, from any starting
+    point, and ``stream[i]`` gives batch ``i`` directly.
+
+    Without ``batches`` the stream is endless, and every loop over it goes on where the last one
+    stopped. With ``batches`` it is a fixed set: every loop gives the same batches from the first
+    on. After ``load_state_dict`` the next loop begins at the saved place in both cases.
+
+    To make one's own, derive a class and write :meth:`make`.
+
+    Args:
+        tasks: T, tasks in a batch.
+        batches: how many batches a loop gives; None for an endless stream.
+        seed: in [0, 2**64).
+        workers: processes that make batches ahead; 0 makes them in this process.
+    """
+
+    def __init__(
+        self, *, tasks: int, batches: int | None = None, seed: int = 0, workers: int = 0
+    ) -> None:
+        """Set the stream to its first batch."""
+        name = type(self).__name__
+        self.tasks = check_integer(name, "tasks", tasks, 1)
+        self.batches = None if batches is None else check_integer(name, "batches", batches, 1)
+        self.seed = check_integer(name, "seed", seed, 0, 2**64)
+        self.workers = check_integer(name, "workers", workers, 0)
+        self._position = 0
+        self._resumed = False
+
+    @abstractmethod
+    def make(self, tasks: range) -> Episode:
+        """Make the tasks of these numbers as one episode, each from its own generator."""
+
+    def signature(self) -> dict[str, Any]:
+        """What must agree for a saved position to mean the same place; kept in the state."""
+        return {"stream": type(self).__name__, "seed": self.seed, "tasks": self.tasks}
+
+    def __getitem__(self, index: int) -> Episode:
+        """Batch ``index``, whatever has been read before."""
+        index = operator.index(index)
+        if index < 0 or (self.batches is not None and index >= self.batches):
+            top = "" if self.batches is None else f" and below {self.batches}"
+            fail(IndexError, type(self).__name__, "index", f"not negative{top}", index)
+        return self.make(range(index * self.tasks, (index + 1) * self.tasks))
+
+    def __len__(self) -> int:
+        """The number of batches of a stream that has an end."""
+        if self.batches is None:
+            raise TypeError(
+                f"{type(self).__name__} is endless; give batches= for one with a length"
+            )
+        return self.batches
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Give the batches in order (see the class for where a loop begins)."""
+        if self.batches is not None and not self._resumed:
+            self._position = 0
+        self._resumed = False
+        # The place moves when a batch is handed over, not when a worker has made it.
+        for index, episode in zip(self._indices(), self._read(), strict=False):
+            self._position = index + 1
+            yield episode
+
+    def _indices(self) -> Iterator[int]:
+        start = self._position
+        return iter(itertools.count(start) if self.batches is None else range(start, self.batches))
+
+    def _read(self) -> Iterator[Episode]:
+        if self.workers == 0:
+            return map(self.__getitem__, self._indices())
+        loader = DataLoader(
+            cast("Dataset[Episode]", self),
+            batch_size=None,
+            sampler=_Order(self._position, self.batches),
+            num_workers=self.workers,
+            collate_fn=cast("Any", _identity),
+            # The loader draws a seed for its workers; from the global generator it would disturb
+            # the caller's random numbers.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream: what :meth:`load_state_dict` needs to go on from here."""
+        return {**self.signature(), "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place; the next loop begins there.
+
+        Raises:
+            ValueError: the state is of another stream (seed, tasks, data or sizes differ).
+        """
+        name = f"{type(self).__name__}.load_state_dict"
+        mine = self.signature()
+        for key in (*mine, "position"):
+            if key not in state:
+                fail(
+                    ValueError, name, "state", f"a state of state_dict() with {key!r}", list(state)
+                )
+        for key, value in mine.items():
+            if state[key] != value:
+                fail(ValueError, name, f"state[{key!r}]", f"{value!r} as here", repr(state[key]))
+        self._position = check_integer(name, "state['position']", state["position"], 0)
+        self._resumed = True
+
+
+class _Order:
+    """The order in which a loader reads: from a place to the end, or for ever."""
+
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(
+            itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
+        )
+
+
+def _identity(episode: Episode) -> Episode:
+    return episode
+
+
+def check_integer(name: str, argument: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int of at least ``low`` and below ``high``; raises for anything else."""
+    wanted = f"an integer of at least {low}" + ("" if high is None else f" and below {high}")
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        fail(TypeError, name, argument, wanted, repr(value))
+    number = operator.index(value)
+    if number < low or (high is not None and number >= high):
+        fail(ValueError, name, argument, wanted, number)
+    return number
