@@ -43,21 +43,21 @@ inline void check(const char* what, cudaError_t status) {
 // Launches on `stream` and checks the launch; neither waits for the device. No blocks, no launch.
 template <class... Params>
 void launch(const char* what, void (*kernel)(Params...), const Geometry& geometry, void* stream,
-            const std::type_identity_t<Params>&... args) {
+            std::type_identity_t<Params>... args) {
   if (geometry.grid == 0) return;
 #if defined(CUEMU)
   static_cast<void>(stream);
   ::cuemu::launch(what, geometry.grid, geometry.block, geometry.shared_bytes,
                   [&] { kernel(args...); });
 #else
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (geometry.shared_bytes > kStaticSharedLimit) {
-    check(what, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(geometry.shared_bytes)));
   }
-  kernel<<<geometry.grid, geometry.block, geometry.shared_bytes,
-           static_cast<cudaStream_t>(stream)> > >(args...);
-  check(what, cudaGetLastError());
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  check(what, cudaLaunchKernel(function, dim3(geometry.grid), dim3(geometry.block), pointers,
+                               geometry.shared_bytes, static_cast<cudaStream_t>(stream)));
 #endif
 }
 
