@@ -1,0 +1,425 @@
+"""The inner loop of MAML over T tasks: one step, two strategies, and the choice between them.
+
+Under ``"vmap"`` only the forward pass is vectorised: ``torch.func.vmap`` maps the loss over the
+tasks, each with its own weights, and the gradient of the sum of their losses, taken outside of it,
+is each task's own. Derivatives of any order are then those of the batched operations themselves;
+the batching rules of *backward* passes, silently wrong for batch norm and layer norm, are never
+used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta._inner_losses import Loss, Supports, task_loss
+from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
+from fastmeta._recompute import recompute, rng_restore, rng_state
+from fastmeta.errors import fail
+from fastmeta.ops.update import sgd_update
+
+__all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
+
+#: The choices of ``strategy``.
+STRATEGIES = ("auto", "vmap", "loop")
+
+#: Learning rates of a step: a number, one tensor, or one for each adapted parameter.
+Rate = float | Tensor | list[Tensor]
+
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+@dataclass
+class Rates:
+    """Learning rates of all steps, as tensors that can be handed through a recomputation.
+
+    Attributes:
+        value: The constant rate, where nothing is learned.
+        tensors: The learned rates: one, or one for each adapted parameter.
+        shared: Whether ``tensors`` is one rate for all parameters.
+        per_step: Whether their first dimension is the step.
+    """
+
+    value: float
+    tensors: list[Tensor] = field(default_factory=list)
+    shared: bool = False
+    per_step: bool = False
+
+    def at(self, step: int) -> Rate:
+        """Rates of one step; past the last, those of the last."""
+        if not self.tensors:
+            return self.value
+        rates = self.tensors
+        if self.per_step:
+            rates = [t[min(step, t.shape[0] - 1)] for t in rates]
+        return rates[0] if self.shared else rates
+
+
+@dataclass
+class Queries:
+    """The queries of T tasks: x Tensor[T, Q, ...], mask Tensor[T, Q] (True: a query) or None."""
+
+    x: Tensor
+    mask: Tensor | None = None
+    known: bool | None = None
+
+    def padded(self) -> bool:
+        """Whether any row is padding."""
+        if self.known is None:
+            self.known = self.mask is not None and not bool(self.mask.all())
+        return self.known
+
+    def part(self, start: int, stop: int) -> Queries:
+        """The queries of the tasks [start, stop)."""
+        mask = None if self.mask is None else self.mask[start:stop]
+        return Queries(self.x[start:stop], mask, self.known)
+
+
+@dataclass
+class Weights:
+    """A model with the parameters to adapt: ``theta``, shared by the tasks or with one for each.
+
+    ``others`` are to stand for parameters that are not adapted; those left out are as they are.
+    """
+
+    model: nn.Module
+    slots: Slots
+    names: list[str]
+    theta: list[Tensor]
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str], theta: Sequence[Tensor]) -> Weights:
+        """``theta`` for the parameters ``names`` of ``model``."""
+        return cls(model, find_slots(model), list(names), list(theta))
+
+
+def gradients(
+    loss_of: Callable[[list[Tensor]], Tensor], theta: list[Tensor], second_order: bool
+) -> Sequence[Any]:
+    """Gradient at ``theta``, in the graph if ``second_order``; None for what is not used."""
+    if _transforms_active():
+        grads = torch.func.grad(loss_of)(theta)
+        return list(grads if second_order else (g.detach() for g in grads))
+    if second_order:
+        theta = [t if t.requires_grad else t.detach().requires_grad_() for t in theta]
+    else:
+        theta = [t.detach().requires_grad_() for t in theta]
+    with torch.enable_grad():
+        loss = loss_of(theta)
+        found: Sequence[Any] = (None,)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, theta, create_graph=second_order, allow_unused=True)
+    if all(g is None for g in found):
+        wanted = "a module whose output depends on the adapted parameters"
+        fail(RuntimeError, "MAML", "model", wanted, "a support loss that none of them moves")
+    return found
+
+
+def descend(
+    loss_of: Callable[[list[Tensor]], Tensor],
+    theta: list[Tensor],
+    rates: Rates,
+    steps: int,
+    second_order: bool,
+) -> list[Tensor]:
+    """``steps`` gradient steps from ``theta``."""
+    for step in range(steps):
+        grads = gradients(loss_of, theta, second_order)
+        theta = list(sgd_update(theta, grads, rates.at(step)))
+    return theta
+
+
+class TaskRunner:
+    """Adapts and evaluates tasks by one strategy, and remembers which it took and why."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        *,
+        batch_norm: str,
+        strategy: str,
+        task_chunk: int | None,
+        randomness: str,
+    ) -> None:
+        self.loss = loss
+        self.batch_norm = batch_norm
+        self.strategy = strategy
+        self.task_chunk = task_chunk
+        self.randomness = randomness
+        self.proven = False
+        self.refused: str | None = None
+        self.last: tuple[str, str] | None = None
+
+    def adapt(
+        self, weights: Weights, rates: Rates, supports: Supports, steps: int, first_order: bool
+    ) -> list[Tensor]:
+        """Adapted parameters of all tasks, Tensor[T, ...] each."""
+        second = torch.is_grad_enabled() and not first_order
+        parts = [
+            self._run(_Job(self, weights, rates, supports.part(*chunk), None, steps, second))
+            for chunk in self._chunks(supports.x)
+        ]
+        if len(parts) == 1:
+            return parts[0]  # type: ignore[no-any-return]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def forward(
+        self,
+        weights: Weights,
+        rates: Rates,
+        supports: Supports,
+        queries: Queries,
+        steps: int,
+        first_order: bool,
+    ) -> Tensor:
+        """Predictions for the queries of all tasks after adaptation."""
+
+        def run(weights: Weights, rates: Rates, part: Supports, query: Queries) -> Tensor:
+            second = torch.is_grad_enabled() and not first_order
+            out: Tensor = self._run(_Job(self, weights, rates, part, query, steps, second))
+            return out
+
+        whole = self.task_chunk is None or self.task_chunk >= supports.x.shape[0]
+        if not (whole or not torch.is_grad_enabled() or _transforms_active()):
+            run = _recomputed(run)
+        parts = [
+            run(weights, rates, supports.part(*chunk), queries.part(*chunk))
+            for chunk in self._chunks(supports.x)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def predict(self, weights: Weights, queries: Queries) -> Tensor:
+        """Predictions of tasks with the weights ``weights.theta``, Tensor[T, ...] each."""
+        parts = []
+        for start, stop in self._chunks(queries.x):
+            part = replace(weights, theta=[t[start:stop] for t in weights.theta])
+            query = queries.part(start, stop)
+            parts.append(self._run(_Job(self, part, None, None, query, 0, False)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _chunks(self, like: Tensor) -> Iterator[tuple[int, int]]:
+        tasks = like.shape[0]
+        size = self.task_chunk or tasks
+        state = rng_state(like.device) if self.randomness == "same" and size < tasks else None
+        for start in range(0, tasks, size):
+            if state is not None:
+                rng_restore(state, like.device)
+            yield start, min(start + size, tasks)
+
+    def outlook(self) -> tuple[str, str]:
+        """The strategy of the last run, or the one that the first will try, and why."""
+        if self.last is not None:
+            return self.last
+        if self.strategy == "auto":
+            return "vmap", "it will be tried first"
+        return self.strategy, f"strategy={self.strategy!r} was asked for"
+
+    def _run(self, job: _Job) -> Any:
+        if self.strategy == "loop":
+            return self._loop(job, "strategy='loop' was asked for")
+        if self.refused is not None:
+            return self._loop(job, self.refused)
+        if _inside_vmap():
+            wanted = "outside of torch.func.vmap, with the tasks in dimension 0"
+            fail(RuntimeError, "MAML", "the call", wanted, "a call inside it")
+        if self.strategy == "vmap":
+            try:
+                return self._vmap(job, "strategy='vmap' was asked for")
+            except PaddingMixes as mixes:
+                wanted = f"'loop' or 'auto' for padded tasks, because {mixes}"
+                reason: str | None = wanted
+            fail(ValueError, "MAML", "strategy", str(reason), "'vmap'")
+        return self._vmap_or_loop(job)
+
+    def _vmap_or_loop(self, job: _Job) -> Any:
+        like = job.like
+        state = None if self.proven else rng_state(like.device)
+        try:
+            result = self._vmap(job, "torch.func.vmap can map the model over the tasks")
+            self.proven = True
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except PaddingMixes as mixes:
+            because, refuse = (
+                f"tasks are padded and {mixes}: each is run without its padding",
+                False,
+            )
+        except Exception as error:
+            first = str(error).strip().split("\n", 1)[0]
+            because, refuse = f"vmap failed with {type(error).__name__}: {first}", True
+        if state is not None:
+            rng_restore(state, like.device)
+        # An error of the user's shows here again, now in torch's own words for one task.
+        result = self._loop(job, because)
+        if refuse:
+            if not self.proven:
+                self.refused = because
+            warnings.warn(
+                f"MAML: tasks run one after another (strategy 'loop'), because {because}. "
+                "The numbers are the same; strategy='loop' says that this is meant.",
+                stacklevel=2,
+            )
+        return result
+
+    def _vmap(self, job: _Job, reason: str) -> Any:
+        with job.lend() as lent:
+            lent.place(job.weights.others)
+            result = job.batched(lent)
+            replaced = next(lent.replaced_buffers(), None)
+            if replaced is not None:
+                raise RuntimeError(f"the forward pass replaces the buffer {replaced!r}")
+        self.last = ("vmap", reason)
+        return result
+
+    def _loop(self, job: _Job, reason: str) -> Any:
+        with job.lend() as lent:
+            lent.place(job.weights.others)
+            result = job.one_by_one(lent)
+        self.last = ("loop", reason)
+        return result
+
+
+@dataclass
+class _Job:
+    """What a chunk of tasks is to do: adapt (to supports), predict (for queries), or both."""
+
+    runner: TaskRunner
+    weights: Weights
+    rates: Rates | None
+    supports: Supports | None
+    queries: Queries | None
+    steps: int
+    second_order: bool
+
+    @property
+    def like(self) -> Tensor:
+        """Any of the inputs."""
+        part = self.supports or self.queries
+        assert part is not None
+        return part.x
+
+    def lend(self) -> LentModel:
+        """The model, for the time of the run."""
+        w = self.weights
+        batch_norm = self.runner.batch_norm
+        return LentModel(
+            w.model, w.slots, w.names, batch_norm=batch_norm, second_order=self.second_order
+        )
+
+    def batched(self, lent: LentModel) -> Any:
+        """All tasks at once."""
+        theta, mode = self.weights.theta, self.runner.randomness
+        if self.supports is not None and self.rates is not None:
+            supports, tasks = self.supports, self.supports.x.shape[0]
+            theta = [p.expand(tasks, *p.shape) for p in theta]
+            loss = task_loss(self.runner.loss, supports, trimmed=False)
+
+            def task(theta: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+                return loss(lent(theta, x), y)
+
+            losses = torch.func.vmap(task, randomness=mode)
+            lent.pad(supports.padded)
+            theta = descend(
+                lambda theta: losses(theta, supports.x, supports.y).sum(),
+                theta,
+                self.rates,
+                self.steps,
+                self.second_order,
+            )
+        if self.queries is None:
+            return theta
+        queries = self.queries
+        lent.pad(queries.padded)
+        out = torch.func.vmap(lent, randomness=mode)(theta, queries.x)
+        if queries.mask is not None:
+            out = _hide(out, queries.mask)
+        return out
+
+    def one_by_one(self, lent: LentModel) -> Any:
+        """Task after task, rows of padding taken out."""
+        tasks, results = self.like.shape[0], []
+        same = self.runner.randomness == "same"
+        state = rng_state(self.like.device) if same else None
+        for task in range(tasks):
+            if state is not None and task:
+                rng_restore(state, self.like.device)
+            lent.fresh_buffers()
+            results.append(self._one(lent, task))
+        if self.queries is None:
+            return [torch.stack(column) for column in zip(*results, strict=True)]
+        return torch.stack(results)
+
+    def _one(self, lent: LentModel, task: int) -> Any:
+        theta = self.weights.theta
+        if self.supports is not None and self.rates is not None:
+            x, y = self.supports.rows(task)
+            loss = task_loss(self.runner.loss, self.supports, trimmed=True)
+            if x.shape[0]:  # a task of nothing but padding stays as it is
+                theta = descend(
+                    lambda theta: loss(lent(theta, x), y),
+                    theta,
+                    self.rates,
+                    self.steps,
+                    self.second_order,
+                )
+        else:
+            theta = [t[task] for t in theta]
+        if self.queries is None:
+            return theta
+        return self._query(lent, theta, self.queries, task)
+
+    @staticmethod
+    def _query(lent: LentModel, theta: list[Tensor], queries: Queries, task: int) -> Tensor:
+        x = queries.x[task]
+        if not queries.padded():
+            return lent(theta, x)
+        assert queries.mask is not None
+        mask = queries.mask[task]
+        valid = mask.nonzero().squeeze(1)
+        if not valid.numel():
+            return _hide(lent(theta, x), mask)
+        out = lent(theta, x[valid])
+        return out.new_zeros(x.shape[0], *out.shape[1:]).index_copy(0, valid, out)
+
+
+def _hide(out: Tensor, mask: Tensor) -> Tensor:
+    """``out`` with zeros in the rows that are no queries."""
+    return torch.where(mask.reshape(*mask.shape, *(1,) * (out.dim() - mask.dim())), out, 0)
+
+
+def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run`` without its graph: the backward pass of each chunk of tasks builds its own again."""
+
+    def again(weights: Weights, rates: Rates, supports: Supports, queries: Queries) -> Tensor:
+        held = {name: slots[0][0][slots[0][1]] for name, slots in weights.slots.items()}
+        held |= dict(zip(weights.names, weights.theta, strict=True))
+
+        def from_tensors(tensors: list[Tensor]) -> Tensor:
+            values = dict(zip(held, tensors, strict=False))
+            theta = [values.pop(name) for name in weights.names]
+            *rate, support_x, query_x = tensors[len(held) :]
+            return run(
+                replace(weights, theta=theta, others=values),
+                replace(rates, tensors=rate),
+                replace(supports, x=support_x),
+                replace(queries, x=query_x),
+            )
+
+        tensors = [*held.values(), *rates.tensors, supports.x, queries.x]
+        return recompute(from_tensors, tensors, supports.x.device)
+
+    return again
+
+
+def _inside_vmap() -> bool:
+    if not _transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)

@@ -1,0 +1,410 @@
+"""Model-agnostic meta-learning: `MAML` and the `AdaptedTasks` that it makes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
+from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
+from fastmeta._inner_losses import LOSSES, Loss, check_supports
+from fastmeta._lent_model import BATCH_NORM, Slots, find_slots
+from fastmeta.errors import check_choice, describe, fail
+
+__all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
+
+#: What may say which parameters adapt.
+Adapt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | nn.Module | None
+
+LEARN_LR = ("scalar", "parameter", "element")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `MAML` runs its tasks.
+
+    Attributes:
+        strategy: ``"vmap"`` or ``"loop"``.
+        reason: Why.
+        adapted: Names of the parameters that adapt.
+        second_order: Whether the meta-gradient is of second order.
+    """
+
+    strategy: str
+    reason: str
+    adapted: tuple[str, ...]
+    second_order: bool
+
+    def __str__(self) -> str:
+        order = "second" if self.second_order else "first"
+        return (
+            f"{self.strategy}: {self.reason}; {len(self.adapted)} parameters adapt, "
+            f"meta-gradient of {order} order"
+        )
+
+
+class MAML(nn.Module):
+    r"""Model-agnostic meta-learning of any module: T tasks adapt at once, gradients are exact.
+
+    For each task :math:`t`, starting from the model's parameters :math:`\theta_0`,
+
+    .. math:: \theta_{k+1} = \theta_k - \alpha \nabla_\theta L(f_{\theta_k}(x_S), y_S),
+       \qquad k = 0, \dots, K - 1
+
+    on its supports, with :math:`L` the mean over them, and then :math:`f_{\theta_K}(x_Q)` for its
+    queries (Finn et al. 2017, arXiv:1703.03400). A loss of yours on that output, and
+    ``loss.backward()``, give ``model.parameters()`` the meta-gradient through all K steps.
+
+    Options, in any combination:
+
+    * ``first_order`` drops the second derivatives (FOMAML, same paper, section 5.2).
+    * ``learn_lr`` learns the rates with the model: one, one for each parameter tensor
+      (with ``lr_per_step``, for each step too: Antoniou et al. 2019, MAML++, arXiv:1810.09502), or
+      one for each number (Li et al. 2017, Meta-SGD, arXiv:1707.09835). They are parameters of this
+      module, free in sign: give ``maml.parameters()`` to your optimizer.
+    * ``adapt`` names the parameters that adapt; the others are shared by the tasks and learn in the
+      outer loop alone (with the head alone: Raghu et al. 2020, ANIL, arXiv:1909.09157).
+
+    Batch norm: under ``batch_norm="batch"`` every pass, in training and evaluation mode, normalises
+    by the batch it sees: adaptation by the task's supports, prediction by the task's queries. So
+    predictions are *transductive*: a query's depends on the other queries of its task, as in the
+    original code and its successors. Under ``"running"`` it uses the running statistics as they
+    are. Neither writes to the model's buffers, ever.
+
+    Strategies: ``"vmap"`` maps the forward pass over the tasks (``torch.func.vmap``) and takes
+    gradients outside of it, so that second derivatives through batch norm and layer norm are exact,
+    which ``torch.func.grad`` inside ``vmap`` does not give. ``"loop"`` runs task after task and
+    takes every module (recurrent layers, forward passes that branch on data). ``"auto"`` uses the
+    first, and the second where the first cannot, with a warning that says why; see `plan`. All give
+    the same numbers.
+
+    Padding: with integer labels, supports labelled -100 are padding and count for nothing. Where
+    rows of a task influence each other through batch norm, or the loss is your own, such tasks are
+    run one by one without their padding. A module that mixes rows in other ways needs
+    ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
+
+    Memory: the graph holds about ``T * (K + 1) * (parameters + activations of the supports)``
+    numbers and the activations of the queries, about half of that again for second order; nothing
+    is kept under ``torch.no_grad()``. ``task_chunk=n`` holds the graph of n tasks at a time: the
+    backward pass runs each chunk again, at the cost of one more adaptation.
+
+    Args:
+        model: Any ``nn.Module`` from one tensor to one tensor. It is a submodule here:
+            ``state_dict``, ``to``, ``train`` and ``eval`` (dropout is the model's own business)
+            reach it.
+        lr: Step size of the inner loop, at least 0; the initial one if it is learned.
+        steps: Number K of steps, at least 0.
+        first_order: Whether to treat inner gradients as constants.
+        loss: ``"cross_entropy"`` (integer labels), ``"mse"`` (targets of the prediction's shape),
+            or a function ``(prediction, target) -> scalar`` of one task's Tensor[S, ...] each.
+        adapt: Which parameters adapt: names, names of submodules or glob patterns; or a predicate
+            ``(name, parameter) -> bool``; or a submodule of ``model``; None: all. Parameters with
+            ``requires_grad=False`` never do.
+        learn_lr: False, ``"scalar"``, ``"parameter"`` or ``"element"``.
+        lr_per_step: Whether learned rates differ between steps. Steps past ``steps`` use the last.
+        batch_norm: ``"batch"`` or ``"running"``.
+        strategy: ``"auto"``, ``"vmap"`` or ``"loop"``.
+        task_chunk: Tasks to hold in memory at a time; None: all. The numbers are the same.
+        randomness: ``"different"`` or ``"same"`` random numbers (dropout) for each task.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument has a value that it cannot have; ``adapt`` matches nothing.
+
+    Example:
+        >>> import torch, fastmeta as fm
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> maml = fm.MAML(model, lr=0.1, steps=5)
+        >>> support_x, support_y = torch.randn(16, 6, 4), torch.randint(3, (16, 6))
+        >>> query_x, query_y = torch.randn(16, 9, 4), torch.randint(3, (16, 9))
+        >>> logits = maml(support_x, support_y, query_x)
+        >>> logits.shape
+        torch.Size([16, 9, 3])
+        >>> loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), query_y.flatten())
+        >>> loss.backward()
+        >>> model[0].weight.grad.shape
+        torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        steps: int,
+        *,
+        first_order: bool = False,
+        loss: Loss = "cross_entropy",
+        adapt: Adapt = None,
+        learn_lr: bool | str = False,
+        lr_per_step: bool = False,
+        batch_norm: str = "batch",
+        strategy: str = "auto",
+        task_chunk: int | None = None,
+        randomness: str = "different",
+    ) -> None:
+        super().__init__()
+        _check_model(model)
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+            fail(TypeError, "MAML", "lr", "a number", describe(lr))
+        if not (math.isfinite(lr) and lr >= 0):
+            fail(ValueError, "MAML", "lr", "finite and at least 0", lr)
+        _check_count("steps", steps, 0)
+        if task_chunk is not None:
+            _check_count("task_chunk", task_chunk, 1)
+        if not callable(loss):
+            check_choice("MAML", "loss", loss, (*LOSSES, "a function"))
+        for argument, value in (("first_order", first_order), ("lr_per_step", lr_per_step)):
+            if not isinstance(value, bool):
+                fail(TypeError, "MAML", argument, "True or False", describe(value))
+        if learn_lr is not False and learn_lr not in LEARN_LR:
+            wanted = "False, 'scalar', 'parameter' or 'element'"
+            fail(ValueError, "MAML", "learn_lr", wanted, repr(learn_lr))
+        if lr_per_step and not (learn_lr and steps):
+            wanted = "False unless rates are learned (learn_lr) and steps is at least 1"
+            fail(ValueError, "MAML", "lr_per_step", wanted, True)
+        check_choice("MAML", "batch_norm", batch_norm, BATCH_NORM)
+        check_choice("MAML", "strategy", strategy, STRATEGIES)
+        check_choice("MAML", "randomness", randomness, ("different", "same"))
+        self.model = model
+        self.lr = float(lr)
+        self.steps = steps
+        self.first_order = first_order
+        self.learn_lr = learn_lr
+        self.lr_per_step = lr_per_step
+        self._adapt = _selected(model, adapt)
+        self._runner = TaskRunner(
+            loss,
+            batch_norm=batch_norm,
+            strategy=strategy,
+            task_chunk=task_chunk,
+            randomness=randomness,
+        )
+        self.rates = self._make_rates()
+
+    def forward(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        *,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Adapt to each task's supports and predict for its queries.
+
+        Args:
+            support_x: Tensor[T, S, ...], what the model takes, S of them for each of T tasks.
+            support_y: Tensor[T, S, ...], labels (int64 or another integer type, -100 is padding) or
+                targets.
+            query_x: Tensor[T, Q, ...].
+            query_mask: bool Tensor[T, Q], False for padding, which then gives zeros and does not
+                enter batch statistics; None if there is none, or if the model treats each row by
+                itself.
+
+        Returns:
+            Tensor[T, Q, ...]: what the model returns, differentiable in the model's parameters, the
+            learned rates and all floating inputs.
+
+        Raises:
+            ValueError: The inputs do not fit each other or the model; labels out of range (on the
+            CPU;
+                CUDA labels are not looked at, as that would stall the stream).
+            TypeError: An input is of the wrong type or dtype.
+            RuntimeError: No adapted parameter influences the loss, or this is called within
+                ``torch.func.vmap``. Errors of the model surface as they are.
+        """
+        support_x, support_y, query_x = _usable(support_x, support_y, query_x)
+        supports = check_supports("MAML", support_x, support_y, self._runner.loss)
+        queries = check_queries("MAML", query_x, query_mask, support_x.shape[0], support_x.device)
+        weights = self._weights()
+        with _outside_inference():
+            return self._runner.forward(
+                weights, self._rates(weights), supports, queries, self.steps, self.first_order
+            )
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
+        """Adapt to each task's supports.
+
+        Args:
+            support_x: Tensor[T, S, ...].
+            support_y: Tensor[T, S, ...], as for the call.
+            steps: Number of steps, in place of that of the constructor.
+
+        Returns:
+            The adapted tasks, differentiable as the call is; under ``torch.no_grad()`` without a
+            graph. ``task_chunk`` then bounds the memory; with a graph it does not, for the graph is
+            kept.
+
+        Raises:
+            ValueError: As for the call.
+            TypeError: As for the call.
+
+        Example:
+            >>> import torch, fastmeta as fm
+            >>> maml = fm.MAML(torch.nn.Linear(2, 1), lr=0.1, steps=1, loss="mse")
+            >>> with torch.no_grad():
+            ...     tasks = maml.adapt(torch.randn(4, 5, 2), torch.randn(4, 5, 1), steps=10)
+            >>> tasks(torch.randn(4, 3, 2)).shape, tasks[0](torch.randn(3, 2)).shape
+            (torch.Size([4, 3, 1]), torch.Size([3, 1]))
+        """
+        if steps is None:
+            steps = self.steps
+        _check_count("steps", steps, 0, "MAML.adapt")
+        support_x, support_y = _usable(support_x, support_y)
+        supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
+        weights = self._weights()
+        with _outside_inference():
+            theta = self._runner.adapt(
+                weights, self._rates(weights), supports, steps, self.first_order
+            )
+        return AdaptedTasks(self.model, self._runner, dict(zip(weights.names, theta, strict=True)))
+
+    def plan(self) -> Plan:
+        """The strategy of the last call and why; before the first, the one that it will try.
+
+        Example:
+            >>> import torch, fastmeta as fm
+            >>> print(fm.MAML(torch.nn.Linear(2, 1), lr=0.1, steps=1, strategy="loop").plan())
+            loop: strategy='loop' was asked for; 2 parameters adapt, meta-gradient of second order
+        """
+        names = tuple(self._weights().names)
+        strategy, reason = self._runner.outlook()
+        return Plan(strategy, reason, names, not self.first_order)
+
+    def extra_repr(self) -> str:
+        """The options, in the module's printed form."""
+        return f"lr={self.lr}, steps={self.steps}, first_order={self.first_order}"
+
+    def _weights(self) -> Weights:
+        slots = find_slots(self.model)
+        names = [n for n in slots if n in self._adapt and _trainable(slots, n)]
+        if not names:
+            wanted = "with a parameter that adapts and has requires_grad=True"
+            fail(ValueError, "MAML", "model", wanted, "none")
+        return Weights(self.model, slots, names, [_value(slots, n) for n in names])
+
+    def _make_rates(self) -> nn.ParameterDict:
+        rates = nn.ParameterDict()
+        if not self.learn_lr:
+            return rates
+        lead = (self.steps,) if self.lr_per_step else ()
+        parameters = dict(self.model.named_parameters())
+        if self.learn_lr == "scalar":
+            like = parameters[next(n for n in parameters if n in self._adapt)]
+            rates["all"] = _rate(self.lr, lead, like)
+            return rates
+        for name in (n for n in parameters if n in self._adapt):
+            like = parameters[name]
+            shape = (*lead, *like.shape) if self.learn_lr == "element" else lead
+            rates[_key(name)] = _rate(self.lr, shape, like)
+        return rates
+
+    def _rates(self, weights: Weights) -> Rates:
+        if not self.learn_lr:
+            return Rates(self.lr)
+        shared = self.learn_lr == "scalar"
+        tensors = [self.rates[k] for k in (["all"] if shared else map(_key, weights.names))]
+        return Rates(self.lr, tensors, shared, self.lr_per_step)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _rate(lr: float, shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+    return nn.Parameter(torch.full(shape, lr, dtype=dtype, device=like.device))
+
+
+def _value(slots: Slots, name: str) -> Tensor:
+    held, key = slots[name][0]
+    value: Tensor = held[key]
+    return value
+
+
+def _trainable(slots: Slots, name: str) -> bool:
+    value = _value(slots, name)
+    # Tensors that functional_call puts in place of parameters need not require grad.
+    return value.requires_grad or not isinstance(value, nn.Parameter)
+
+
+@contextlib.contextmanager
+def _outside_inference() -> Iterator[None]:
+    """Out of ``torch.inference_mode``, in which no inner gradient can be had, into ``no_grad``."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _usable(*inputs: Any) -> tuple[Any, ...]:
+    """Copies of inference tensors, which autograd cannot save; all else as it is."""
+    return tuple(t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in inputs)
+
+
+def _check_count(argument: str, value: Any, least: int, function: str = "MAML") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(TypeError, function, argument, "an integer", describe(value))
+    if value < least:
+        fail(ValueError, function, argument, f"at least {least}", value)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        fail(TypeError, "MAML", "model", "an nn.Module", describe(model))
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        wanted = "an nn.Module that is not compiled by torch.jit, whose weights cannot be replaced"
+        fail(TypeError, "MAML", "model", wanted, type(model).__name__)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            wanted = "initialized: run it once on an input of its shape"
+            fail(ValueError, "MAML", "model", wanted, f"the lazy parameter {name!r}")
+
+
+def _selected(model: nn.Module, adapt: Adapt) -> frozenset[str]:
+    parameters = dict(model.named_parameters())
+    if adapt is None:
+        names = set(parameters)
+    elif isinstance(adapt, nn.Module):
+        inside = {id(p) for p in adapt.parameters()}
+        names = {name for name, p in parameters.items() if id(p) in inside}
+    elif isinstance(adapt, str) or (
+        isinstance(adapt, Sequence) and all(isinstance(a, str) for a in adapt)
+    ):
+        names = set()
+        for pattern in [adapt] if isinstance(adapt, str) else adapt:
+            found = {n for n in _aliases(model) if _matches(n, pattern)}
+            if not found:
+                wanted = f"names or patterns of the model's parameters {sorted(parameters)}"
+                fail(ValueError, "MAML", "adapt", wanted, repr(pattern))
+            names |= {_aliases(model)[n] for n in found}
+    elif callable(adapt):
+        names = {name for name, p in parameters.items() if adapt(name, p)}
+    else:
+        wanted = "names, patterns, a predicate, a submodule or None"
+        fail(TypeError, "MAML", "adapt", wanted, describe(adapt))
+    if not any(parameters[name].requires_grad for name in names):
+        got = f"{sorted(names)}" if names else "no match"
+        wanted = "such that a parameter of the model that has requires_grad=True adapts"
+        fail(ValueError, "MAML", "model" if adapt is None else "adapt", wanted, got)
+    return frozenset(names)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """For each name of a parameter, the first name of it: tied parameters have several."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(p), name) for name, p in named}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
