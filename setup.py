@@ -1,27 +1,32 @@
 """Builds the extension modules: fastmeta._C (CPU) and, with nvcc, fastmeta._C_cuda.
 
 Environment:
-    FASTMETA_NATIVE       1 (default) builds the C++ part; 0 installs pure Python.
+    FASTMETA_NATIVE       1 (default) compiles the C++ part; 0 installs pure Python.
     FASTMETA_CUDA         auto (default): CUDA when nvcc and a CUDA build of torch are there;
                           1: or fail; 0: never.
     FASTMETA_DEBUG        1 builds without optimisation and with assertions.
     TORCH_CUDA_ARCH_LIST  Architectures, as "8.0;9.0+PTX". Default: the visible GPUs, or with none
                           visible 8.0, 9.0 and PTX.
-    MAX_JOBS, CXX, CUDA_HOME, NVCC_THREADS as torch's cpp_extension has them.
+    MAX_JOBS              Compilers at a time (default: all cores).
+    CXX, CUDA_HOME        Compiler and CUDA toolkit, where the usual places hold other ones.
 """
 
-import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from json import dumps
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
-BUILD_INFO = ROOT / "fastmeta" / "_build_info.json"
+ROOT = Path(__file__).resolve().parent
 # LibTorch Stable ABI: what is built against any torch runs on 2.11 and later.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -31,67 +36,178 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+WITHOUT = "or go on without (pure PyTorch, same results, slower): FASTMETA_NATIVE=0 pip install ."
+
+
+def stop(message: str) -> NoReturn:
+    sys.exit(f"\nfastmeta: {message}\n")
 
 
 def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default).lower()
+    value = os.environ.get(name, "").lower() or default
     if value not in choices:
-        sys.exit(f"fastmeta: {name} must be one of {', '.join(choices)}, got {value!r}")
+        stop(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
 
 
+def output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
 def find_compiler() -> str:
-    """The C++ compiler, or an exit that says how to get one or how to go on without."""
-    command = os.environ.get("CXX", "c++").split()[0]
-    for candidate in (command, "g++", "clang++"):
-        if shutil.which(candidate):
-            return candidate
-    sys.exit(
-        f"fastmeta: no C++ compiler found (looked for {command!r}, 'g++' and 'clang++').\n"
-        "  Get one:         apt-get install g++   (or dnf install gcc-c++, conda install cxx-compiler)\n"
-        "  or name yours:   CXX=/path/to/compiler pip install .\n"
-        "  or go on without (pure PyTorch, same results, slower): FASTMETA_NATIVE=0 pip install ."
+    """The C++ compiler command, proved on a line of C++20, or an exit that says what to do."""
+    asked = os.environ.get("CXX")
+    candidates = (
+        [asked] if asked else [sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"]
     )
+    found = next((c for c in candidates if c and shutil.which(shlex.split(c)[0])), None)
+    if found is None:
+        looked = f"CXX={asked}" if asked else "c++, g++, clang++"
+        stop(
+            f"no C++ compiler found (looked for {looked}).\n"
+            "  Get one:         apt-get install g++   (or dnf install gcc-c++)\n"
+            "  or name yours:   CXX=/path/to/compiler pip install .\n"
+            f"  {WITHOUT}"
+        )
+    probe = subprocess.run(
+        [*shlex.split(found), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"],
+        input="#include <span>\n#include <type_traits>\nstd::type_identity_t<int> one = 1;\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if probe.returncode != 0:
+        stop(
+            f"the C++ compiler {found!r} does not compile C++20:\n{probe.stderr}"
+            "  Take g++ 11 or clang 14, or later:   CXX=/path/to/compiler pip install .\n"
+            f"  {WITHOUT}"
+        )
+    include = sysconfig.get_paths()["include"]
+    if not Path(include, "Python.h").exists():
+        stop(
+            f"this Python's C headers are missing (no {include}/Python.h).\n"
+            f"  Get them:   apt-get install python3-dev   (dnf install python3-devel)\n  {WITHOUT}"
+        )
+    return found
 
 
-def cuda_decision() -> tuple[bool, str]:
-    """Whether to build the CUDA part, and why."""
+def find_cuda() -> Path | None:
+    """The CUDA toolkit: a folder with bin/nvcc and the headers (a bare nvcc may be a wrapper)."""
+    asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    around = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in [Path(asked)] if asked else [*around, Path("/usr/local/cuda")]:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cuda_decision() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None, and why."""
     wanted = switch("FASTMETA_CUDA", "auto", ("auto", "0", "1"))
     if wanted == "0":
-        return False, "FASTMETA_CUDA=0"
+        return None, "FASTMETA_CUDA=0"
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = Path(CUDA_HOME) / "bin" / "nvcc" if CUDA_HOME else None
-    missing = []
-    if nvcc is None or not nvcc.exists():
-        missing.append("nvcc (install the CUDA toolkit or set CUDA_HOME)")
-    if torch.version.cuda is None:
-        missing.append(f"a CUDA build of torch (this one is {torch.__version__})")
-    if not missing:
-        return True, f"{nvcc}, torch for CUDA {torch.version.cuda}"
-    if wanted == "1":
-        sys.exit(
-            "fastmeta: FASTMETA_CUDA=1, but there is no " + " and no ".join(missing) + ".\n"
-            "  Build without CUDA: FASTMETA_CUDA=0. Use this environment's torch: pip install "
-            "--no-build-isolation ."
+    home, built_for, missing = find_cuda(), torch.version.cuda, []
+    if home is None:
+        asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        where = f"at CUDA_HOME={asked}" if asked else "found"
+        missing.append(f"no CUDA toolkit {where} (install nvcc, or set CUDA_HOME)")
+    if built_for is None:
+        missing.append(f"torch {torch.__version__} has no CUDA (install a CUDA build of torch)")
+    if home is not None and built_for is not None:
+        release = re.search(
+            r"release (\d+)\.(\d+)", output(str(home / "bin" / "nvcc"), "--version")
         )
-    return False, "no " + ", no ".join(missing)
+        if release is None or release[1] != built_for.split(".")[0]:
+            have = f"{release[1]}.{release[2]}" if release else "of unknown version"
+            missing.append(f"nvcc in {home} is {have}, torch's CUDA {built_for} (set CUDA_HOME)")
+    if not missing:
+        return home, f"{home}, torch for CUDA {built_for}"
+    if wanted == "1":
+        stop(
+            "FASTMETA_CUDA=1 cannot be met: " + "; ".join(missing) + ".\n"
+            "  Build against this environment's torch:   pip install --no-build-isolation .\n"
+            "  or without CUDA:                          FASTMETA_CUDA=0 pip install ."
+        )
+    return None, "; ".join(missing)
 
 
-def arch_list() -> str:
+def arch_list(home: Path) -> str:
+    """What nvcc compiles for, checked against what it can."""
     import torch
 
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    listed = re.findall(
+        r"compute_(\d+)(\d)\b", output(str(home / "bin" / "nvcc"), "--list-gpu-arch")
+    )
+    able = sorted((int(major), int(minor)) for major, minor in listed)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        wrong = [
+            f"{major}.{minor}"
+            for major, minor in re.findall(r"(\d+)\.(\d)", asked)
+            if (int(major), int(minor)) not in able
+        ]
+        if wrong:
+            can = " ".join(f"{major}.{minor}" for major, minor in able)
+            stop(
+                f"TORCH_CUDA_ARCH_LIST={asked} names {', '.join(wrong)}, but nvcc in {home} can "
+                f"compile for {can}.\n  Set TORCH_CUDA_ARCH_LIST to some of these, or CUDA_HOME to "
+                "another toolkit."
+            )
+        return asked
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-    return ";".join(f"{major}.{minor}" for major, minor in capabilities) or DEFAULT_ARCHS
+    visible = {torch.cuda.get_device_capability(i) for i in range(count)}
+    # A GPU newer than nvcc runs the PTX of the last architecture that nvcc knows.
+    newest = max(able, default=(9, 0))
+    names = {f"{a}.{b}" if (a, b) in able else f"{newest[0]}.{newest[1]}+PTX" for a, b in visible}
+    return ";".join(sorted(names)) or DEFAULT_ARCHS
+
+
+def find_ninja() -> str:
+    """The ninja of this environment, put on PATH for torch as well, or any other."""
+    try:
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    except ImportError:
+        pass
+    return shutil.which("ninja") or stop("no ninja found:   pip install ninja")
+
+
+def compile_kernels(
+    folder: Path, compiler: str, flags: list[str], isas: dict[str, list[str]]
+) -> list[str]:
+    """Compile every torch-free ``*_cpu.cpp`` once per instruction set, in one run of ninja."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["ninja_required_version = 1.3"]
+    objects = []
+    for isa, isa_flags in isas.items():
+        command = shlex.join([*shlex.split(compiler), *flags, *isa_flags, f"-DFASTMETA_ISA={isa}"])
+        lines += [f"rule {isa}", f"  command = {command} -MMD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        for source in sorted((ROOT / "csrc").glob("**/*_cpu.cpp")):
+            objects.append(str(folder / isa / f"{source.stem}.o"))
+            paths = [path.replace(" ", "$ ") for path in (objects[-1], str(source))]
+            lines.append(f"build {paths[0]}: {isa} {paths[1]}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    done = subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=False)
+    if done.returncode != 0:
+        stop("the CPU kernels do not compile: see the compiler's messages above")
+    return objects
 
 
 def extensions():
-    """The extension modules, the build command, and the configuration for people to read."""
-    compiler = find_compiler()
+    """The extension modules, the command that builds them, and the resolved configuration."""
+    compiler = os.environ["CXX"] = find_compiler()
+    find_ninja()
+    home, why = cuda_decision()
+    if home is not None:
+        os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it looks there
     import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -99,7 +215,7 @@ def extensions():
     debug = switch("FASTMETA_DEBUG", "0", ("0", "1")) == "1"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = ISA_FLAGS if x86 else {"baseline": []}
-    optimise = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
+    optimise = ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3", "-g0"]
     common = ["-std=c++20", *optimise, "-Wall", "-Wextra", "-fvisibility=hidden", TORCH_TARGET]
     if x86:
         common.append("-DFASTMETA_X86")
@@ -109,19 +225,16 @@ def extensions():
         found = {path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)}
         return sorted(str(path.relative_to(ROOT)) for path in found)
 
-    headers = sources("**/*.h", "**/*.cuh")
-    cpu = CppExtension(
-        "fastmeta._C",
-        sources("module.cpp", "**/*_torch.cpp"),
-        include_dirs=include,
-        extra_compile_args={"cxx": common},
-        depends=headers,
-    )
-    modules = [cpu]
-    with_cuda, why = cuda_decision()
-    archs = arch_list() if with_cuda else ""
-    if with_cuda:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    modules = [
+        CppExtension(
+            "fastmeta._C",
+            sources("module.cpp", "**/*_torch.cpp"),
+            include_dirs=include,
+            extra_compile_args={"cxx": common},
+        )
+    ]
+    if home is not None:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(home)
         defines = ["-DUSE_CUDA", "-DFASTMETA_CUDA"]
         modules.append(
             CUDAExtension(
@@ -130,58 +243,75 @@ def extensions():
                 include_dirs=include,
                 extra_compile_args={
                     "cxx": [*common, *defines],
-                    "nvcc": ["-std=c++20", "-O3", TORCH_TARGET, *defines],
+                    "nvcc": ["-std=c++20", "-O0" if debug else "-O3", TORCH_TARGET, *defines],
                 },
-                depends=headers,
             )
         )
 
     class Build(BuildExtension):
         """Compiles each ``*_cpu.cpp`` once per instruction set, then the rest as usual."""
 
-        def build_extension(self, ext):
-            # One source makes objects in both modules, so each has its own folder of them.
-            temp, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
-            if ext.name == "fastmeta._C":
-                for isa, flags in isas.items():
-                    flags = [*common, *KERNEL_FLAGS, *flags, f"-DFASTMETA_ISA={isa}"]
-                    ext.extra_objects += self.compiler.compile(
-                        sources("**/*_cpu.cpp"),
-                        output_dir=str(Path(self.build_temp).resolve() / isa),
-                        include_dirs=ext.include_dirs,
-                        extra_postargs={"cxx": flags},
-                        depends=headers,
-                    )
-            super().build_extension(ext)
-            self.build_temp = temp
+        def run(self):
+            for stale in Path(self.build_lib).glob("fastmeta/_C*"):
+                stale.unlink()  # else a module of an earlier configuration gets into the wheel
+            super().run()
+            if self.inplace:
+                write_info(ROOT / "fastmeta", info)
 
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+        def build_extension(self, ext):
+            # One source makes objects in both modules, so each has its own folder of them. It is a
+            # lasting one in an editable install too, so that ninja compiles only what changed.
+            temp = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / temp / ext.name)
+            if ext.name == "fastmeta._C":
+                folder = Path(self.build_temp, "kernels")
+                flags = [*common, *KERNEL_FLAGS, "-DNDEBUG", "-fPIC", f"-I{ROOT / 'csrc'}"]
+                ext.extra_objects = compile_kernels(folder, compiler, flags, isas)
+            super().build_extension(ext)
+
     info = {
+        "native": True,
         "torch": torch.__version__,
         "torch_target": "2.11",
-        "compiler": version.stdout.splitlines()[0] if version.stdout else compiler,
+        "compiler": (output(*shlex.split(compiler), "--version").splitlines() or [compiler])[0],
         "debug": debug,
         "isas": list(isas),
-        "cuda": with_cuda,
+        "cuda": home is not None,
         "cuda_reason": why,
-        "cuda_archs": archs,
+        "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "") if home is not None else "",
         "max_jobs": os.environ.get("MAX_JOBS", "all cores"),
     }
-    return modules, {"build_ext": Build.with_options(use_ninja=True)}, info
+    return modules, Build.with_options(use_ninja=True), info
+
+
+def write_info(package: Path, info: dict) -> None:
+    """Leave what was resolved beside the modules, where ``fastmeta info`` reads it."""
+    (package / "_build_info.json").write_text(dumps(info, indent=2) + "\n")
 
 
 def main() -> None:
-    building = any(
-        command in sys.argv for command in ("build_ext", "bdist_wheel", "editable_wheel", "develop", "install", "build")
-    )
-    modules, commands, info = [], {}, {"native": False, "reason": "FASTMETA_NATIVE=0"}
-    if switch("FASTMETA_NATIVE", "1", ("0", "1")) == "1" and building:
-        modules, commands, info = extensions()
-        info["native"] = True
-    if building:
-        print("fastmeta: building with", json.dumps(info, indent=2), file=sys.stderr)
-        BUILD_INFO.write_text(json.dumps(info, indent=2) + "\n")
-    setup(ext_modules=modules, cmdclass=commands)
+    native = switch("FASTMETA_NATIVE", "1", ("0", "1")) == "1"
+    if not native and switch("FASTMETA_CUDA", "auto", ("auto", "0", "1")) == "1":
+        stop("FASTMETA_NATIVE=0 with FASTMETA_CUDA=1: unset one of them")
+    if not BUILD_COMMANDS & set(sys.argv):  # metadata or a source archive: needs no torch
+        setup()
+        return
+    modules, commands = [], {}
+    info = {"native": False, "reason": "FASTMETA_NATIVE=0"}
+    if native:
+        modules, commands["build_ext"], info = extensions()
+
+    class BuildPython(build_py):
+        def run(self):
+            super().run()
+            write_info(
+                ROOT / "fastmeta" if self.editable_mode else Path(self.build_lib, "fastmeta"), info
+            )
+
+    width = max(map(len, info))
+    lines = [f"  {name:<{width}}  {value}" for name, value in info.items()]
+    print("fastmeta: building with", *lines, sep="\n", file=sys.stderr, flush=True)
+    setup(ext_modules=modules, cmdclass={**commands, "build_py": BuildPython})
 
 
 main()
