@@ -26,6 +26,7 @@ transform=Augment(), workers=1)`` is an endless stream to train on.
 :class:`LabelledImages`           what the data sets below return
 :func:`glyphs`                    characters of matplotlib's fonts (no download)
 :func:`digits`, :func:`mnist`     handwritten digits: scikit-learn's and MNIST's
+:func:`omniglot`                  Omniglot; :func:`omniglot_runs`: its 20 official one-shot runs
 :func:`sinusoids`                 regression tasks
 :func:`pixel_floor`               accuracy of nearest neighbour on raw pixels
 ================================  ==================================================================
@@ -44,6 +45,8 @@ from fastmeta.data.floor import nearest_pixels as nearest_pixels
 from fastmeta.data.floor import pixel_floor as pixel_floor
 from fastmeta.data.glyphs import glyphs as glyphs
 from fastmeta.data.images import LabelledImages as LabelledImages
+from fastmeta.data.omniglot import omniglot as omniglot
+from fastmeta.data.omniglot import omniglot_runs as omniglot_runs
 from fastmeta.data.sampler import BatchTransform as BatchTransform
 from fastmeta.data.sampler import EpisodeSampler as EpisodeSampler
 from fastmeta.data.sinusoids import Sinusoids as Sinusoids
