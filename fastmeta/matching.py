@@ -16,7 +16,8 @@ from fastmeta.errors import (
     fail,
     is_tracing,
 )
-from fastmeta.nn.episodic import Comparison, Episode, EpisodicClassifier
+from fastmeta.nn.episode import Episode
+from fastmeta.nn.episodic import Comparison, EpisodicClassifier
 from fastmeta.nn.full_context import FullContextEmbedding
 from fastmeta.ops._define import acc_dtype
 from fastmeta.ops.matching import matching_attention
@@ -367,7 +368,7 @@ class MatchingNetworks(nn.Module):
 
 
 class _AdditiveScore(nn.Module):
-    """Projections and weight of the score ``weight . tanh(W_q q + W_s s)``, Bahdanau et al. 2015."""
+    """Parameters of the score ``weight . tanh(W_q q + W_s s)`` of Bahdanau et al. 2015."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

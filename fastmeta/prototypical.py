@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.errors import IGNORE_INDEX, check_choice
-from fastmeta.nn.episodic import Comparison, Episode, EpisodicClassifier
+from fastmeta.nn.episode import Episode
+from fastmeta.nn.episodic import Comparison, EpisodicClassifier
 from fastmeta.ops.segment import segment_mean
 
 __all__ = ["PrototypicalNetwork"]
@@ -83,7 +84,13 @@ class PrototypicalNetwork(EpisodicClassifier):
             without T for one task. Batch norm in training sees the supports alone here.
         """
         episode = self._episode(
-            support_x, support_y, num_classes, lengths=lengths, mask=mask, padded=padded
+            support_x,
+            support_y,
+            num_classes,
+            has_queries=False,
+            lengths=lengths,
+            mask=mask,
+            padded=padded,
         )
         support, _ = self._embed(episode)
         mean, count = segment_mean(support, episode.labels, episode.num_classes)
