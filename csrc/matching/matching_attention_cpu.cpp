@@ -1,0 +1,593 @@
+// Matching attention on the CPU, forward.
+//
+// Supports are sorted by class once, so the log-sum-exp of a class is one running (maximum, sum)
+// per query lane, kept in registers over the rows of the class: exact however far classes lie
+// apart, one exponential per pair, and no [Q, S] array: a score tile of at most 48 supports x 64
+// queries lives in the L1 cache. Scores are in base 2 (the factor log2(e) rides on the scale) and
+// class values are taken relative to a score of the same query, so that large common offsets cost
+// no digits.
+//
+// Floor: the inner products, T*Q*S*D multiply-adds; each support value loaded serves a panel of 64
+// queries, each query value a block of supports.
+//
+// A job is a task, or, where tasks are few, a range of panels of a task against a chunk of its
+// sorted supports. A chunk leaves for each query the log-sum-exp over the classes that lie wholly
+// inside it and the (maximum, sum) of the two classes that may reach beyond; a last pass merges
+// chunks in order. Jobs depend on shapes only, so results do not depend on the number of threads.
+#include "matching/matching_attention.h"
+#include "matching/matching_cpu_plan.h"
+
+namespace fastmeta::matching::FASTMETA_ISA {
+
+namespace {
+
+constexpr int kClassBuffer = 32;  // class values held back per panel before they are written out
+
+thread_local Scratch call_scratch, job_scratch;
+
+// What a chunk leaves per query lane, `stride` lanes apart.
+enum Field {
+  kReference,
+  kMaximum,
+  kSum,
+  kHeadMaximum,
+  kHeadSum,
+  kTailMaximum,
+  kTailSum,
+  kTarget,
+  kFields
+};
+
+// Which classes a chunk of sorted supports covers. head: continued from the chunk before, or ending
+// here having begun here but not ending here; such classes are partial and kept apart.
+struct Chunk {
+  int64_t begin, end;              // sorted supports
+  int64_t head_class, tail_class;  // partial classes at its ends, -1 where none
+  int64_t class_begin, class_end;  // classes wholly inside or empty, for which this chunk answers
+};
+
+struct Plan {
+  const Forward* args;
+  int64_t panels, panel_jobs, chunks;
+  int64_t lanes;   // per task
+  int64_t* order;  // [T, S] when chunks > 1
+  int64_t* start;  // [T, C + 1]
+  void* partial;   // [T, chunks, kFields, lanes]
+};
+
+// Class holding sorted position i, which is valid.
+int64_t class_at(const int64_t* start, int64_t num_classes, int64_t i) {
+  int64_t low = 0, high = num_classes;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (start[middle] <= i ? low : high) = middle;
+  }
+  return low;
+}
+
+Chunk make_chunk(const int64_t* start, int64_t num_classes, int64_t index, int64_t chunks) {
+  const int64_t valid = start[num_classes];
+  Chunk c;
+  c.begin = valid * index / chunks;
+  c.end = valid * (index + 1) / chunks;
+  c.head_class = c.tail_class = -1;
+  if (c.begin == c.end) {
+    // Only where supports are fewer than chunks; without any, the first chunk answers for all
+    // classes.
+    c.class_begin = c.class_end = 0;
+    if (valid == 0 && index == 0) c.class_end = num_classes;
+    return c;
+  }
+  const int64_t first = class_at(start, num_classes, c.begin);
+  const int64_t last = class_at(start, num_classes, c.end - 1);
+  const bool head = start[first] < c.begin || (first == last && start[first + 1] > c.end);
+  const bool tail = start[last + 1] > c.end && !(head && first == last);
+  if (head) c.head_class = first;
+  if (tail) c.tail_class = last;
+  c.class_begin = head ? first + 1 : first;
+  c.class_end = tail || (head && first == last) ? last : last + 1;
+  // Empty classes before the first and after the last support of the task, and those in the gap
+  // behind this chunk.
+  if (c.begin == 0) c.class_begin = 0;
+  if (start[last + 1] == c.end) {
+    int64_t next = last + 1;
+    while (next < num_classes && start[next + 1] == c.end) ++next;
+    c.class_end = next;
+  }
+  if (c.class_end < c.class_begin) c.class_end = c.class_begin;
+  return c;
+}
+
+// One panel of queries against a chunk of supports.
+template <class A>
+struct Panel {
+  int vectors, count;  // width; queries in it
+  int64_t query;       // the first of them
+  A* packed;
+  A* terms;
+  A* field[kFields];
+  A *run_maximum, *run_sum;  // of the class under way
+  A* values;     // [kClassBuffer, lanes] finished classes, base 2, relative to the reference
+  int64_t* ids;  // [kClassBuffer]
+  int held;
+  IntVec<A>* targets;
+};
+
+template <class S>
+struct Job {
+  using A = Acc<S>;
+  const Problem& p;
+  const int64_t* start;
+  Chunk chunk;
+  bool whole;  // the only chunk of its task
+  A* out;      // of the task
+
+  // Merges the held classes into the log-sum-exp and hands them on.
+  template <int NV>
+  void flush(Panel<A>& x) const {
+    constexpr int kW = kWidth<A>, kL = NV * kW;
+    if (x.held == 0) return;
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vec<A> before = load(x.field[kMaximum] + v * kW);
+      Vec<A> most = before;
+      for (int k = 0; k < x.held; ++k) most = vmax<A>(most, load(x.values + k * kL + v * kW));
+      most = vmax<A>(splat<A>(Const<A>::kLowest), most);
+      Vec<A> sum{};
+      for (int k = 0; k < x.held; ++k) sum += vexp2<A>(load(x.values + k * kL + v * kW) - most);
+      store(x.field[kSum] + v * kW, load(x.field[kSum] + v * kW) * vexp2<A>(before - most) + sum);
+      store(x.field[kMaximum] + v * kW, most);
+    }
+    if (p.targets != nullptr) {
+      for (int k = 0; k < x.held; ++k) take_target<NV>(x, x.ids[k], x.values + k * kL);
+      x.held = 0;
+    } else if (!(whole && p.num_classes <= kClassBuffer)) {
+      unpack_transposed<A>(x.values, kL, x.held, x.count, out + x.query * p.num_classes + x.ids[0],
+                           p.num_classes);
+      x.held = 0;
+    }
+  }
+  template <int NV>
+  static void take_target(Panel<A>& x, int64_t id, const A* value) {
+    constexpr int kW = kWidth<A>;
+    const IntVec<A> wanted = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(id);
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      A* target = x.field[kTarget] + v * kW;
+      store(target, x.targets[v] == wanted ? load(value + v * kW) : load(target));
+    }
+  }
+  template <int NV>
+  A* push(Panel<A>& x, int64_t id) const {
+    if (x.held == kClassBuffer) flush<NV>(x);
+    x.ids[x.held] = id;
+    return x.values + x.held++ * NV * kWidth<A>;
+  }
+  // Classes without support that this chunk answers for, [from, to).
+  template <int NV>
+  void push_empty(Panel<A>& x, int64_t from, int64_t to) const {
+    if (p.targets != nullptr) return;
+    for (int64_t c = from; c < to; ++c) {
+      A* value = push<NV>(x, c);
+      for (int v = 0; v < NV; ++v) store(value + v * kWidth<A>, splat<A>(-Const<A>::kInfinity));
+    }
+  }
+
+  // Scores of sorted supports [begin, begin + n) are in `tile`: runs of one class after the other.
+  template <int NV>
+  void process(Panel<A>& x, int64_t begin, int64_t n, int64_t first_class, const A* tile) const {
+    constexpr int kW = kWidth<A>, kL = NV * kW;
+    if (begin == chunk.begin) {
+      FASTMETA_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const Vec<A> z = load(tile + v * kW);
+        store(x.field[kReference] + v * kW, z - z == A(0) ? z : Vec<A>{});
+      }
+    }
+    int64_t c = first_class;
+    for (int64_t i = begin; i < begin + n; ++c) {
+      const int64_t end = min_of(start[c + 1], begin + n);
+      if (end <= i) continue;  // an empty class, pushed before the next one with support
+      const bool opens = i == start[c] || i == chunk.begin;
+      const bool closes = end == start[c + 1] || end == chunk.end;
+      const bool partial = c == chunk.head_class || c == chunk.tail_class;
+      const A* rows = tile + (i - begin) * kL;
+      const int count = static_cast<int>(end - i);
+      A *maximum = x.run_maximum, *sum = x.run_sum, *value = nullptr;
+      if (partial && c == chunk.head_class)
+        maximum = x.field[kHeadMaximum], sum = x.field[kHeadSum];
+      if (partial && c == chunk.tail_class)
+        maximum = x.field[kTailMaximum], sum = x.field[kTailSum];
+      if (closes && !partial) value = push<NV>(x, c);
+      Vec<A> reference[NV];
+      FASTMETA_UNROLL
+      for (int v = 0; v < NV; ++v) reference[v] = load(x.field[kReference] + v * kW);
+      if (value != nullptr && opens && count == 1) {
+        FASTMETA_UNROLL
+        for (int v = 0; v < NV; ++v) store(value + v * kW, load(rows + v * kW) - reference[v]);
+      } else {
+        Vec<A> most[NV], total[NV];
+        FASTMETA_UNROLL
+        for (int v = 0; v < NV; ++v) most[v] = splat<A>(Const<A>::kLowest);
+        for (int r = 0; r < count; ++r) {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v) most[v] = vmax<A>(most[v], load(rows + r * kL + v * kW));
+        }
+        FASTMETA_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          // A NaN score is lost to the maximum, never to the sum.
+          most[v] = vmax<A>(splat<A>(Const<A>::kLowest), most[v]);
+          total[v] = Vec<A>{};
+        }
+        if (!opens) {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v) most[v] = vmax<A>(load(maximum + v * kW), most[v]);
+        }
+        for (int r = 0; r < count; ++r) {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v) total[v] += vexp2<A>(load(rows + r * kL + v * kW) - most[v]);
+        }
+        if (!opens) {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v) {
+            total[v] += load(sum + v * kW) * vexp2<A>(load(maximum + v * kW) - most[v]);
+          }
+        }
+        if (value != nullptr) {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v)
+            store(value + v * kW, (most[v] - reference[v]) + vlog2<A>(total[v]));
+        } else {
+          FASTMETA_UNROLL
+          for (int v = 0; v < NV; ++v) {
+            store(maximum + v * kW, most[v]);
+            store(sum + v * kW, total[v]);
+          }
+        }
+      }
+      // Empty classes behind this one, up to the next with support or the end of this chunk's
+      // range.
+      if (closes && end == start[c + 1]) {
+        int64_t next = c + 1;
+        while (next < chunk.class_end && start[next + 1] == end) ++next;
+        push_empty<NV>(x, c + 1, next);
+      }
+      i = end;
+    }
+  }
+};
+
+// Last step of a panel: merges its chunks and writes log-probabilities (or nll) and lse.
+template <class S, int NV>
+void finish_panel(const Plan& plan, int64_t t, const int64_t* start, int64_t query, int count,
+                  const Acc<S>* fields, int64_t stride, const IntVec<Acc<S>>* targets,
+                  const Acc<S>* held_values) {
+  using A = Acc<S>;
+  constexpr int kW = kWidth<A>, kL = NV * kW;
+  const Problem& p = plan.args->problem;
+  const int64_t classes = p.num_classes, valid = start[classes];
+  A* out =
+      static_cast<A*>(plan.args->out) + t * p.num_queries * (p.targets != nullptr ? 1 : classes);
+  A* lse = static_cast<A*>(plan.args->lse) + t * p.num_queries + query;
+  const auto field = [&](int64_t chunk, Field f) {
+    return fields + (chunk * kFields + f) * stride;
+  };
+  alignas(64) A boundary[kL], natural[kL], log_sum[kL], maximum[kL];
+  for (int v = 0; v < NV; ++v) {
+    const Vec<A> reference = load(field(0, kReference) + v * kW);
+    Vec<A> most = splat<A>(Const<A>::kLowest), sum{}, target = splat<A>(-Const<A>::kInfinity);
+    const auto merge = [&](Vec<A> m, Vec<A> s) {
+      const Vec<A> higher = vmax<A>(splat<A>(Const<A>::kLowest), vmax<A>(most, m));
+      sum = sum * vexp2<A>(most - higher) + s * vexp2<A>(m - higher);
+      most = higher;
+    };
+    Vec<A> run_most{}, run_sum{};
+    int64_t run_class = -1;
+    const auto close = [&] {
+      if (run_class < 0) return;
+      merge(run_most, run_sum);
+      const Vec<A> value = run_most + vlog2<A>(run_sum);
+      if (p.targets != nullptr) {
+        const IntVec<A> wanted = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(run_class);
+        target = targets[v] == wanted ? value : target;
+      } else {
+        store(boundary, value);
+        for (int l = 0; l < kW && v * kW + l < count; ++l) {
+          out[(query + v * kW + l) * classes + run_class] = boundary[l];
+        }
+      }
+      run_class = -1;
+    };
+    const auto join = [&](int64_t id, Vec<A> m, Vec<A> s) {  // m relative to the first reference
+      if (id == run_class) {
+        const Vec<A> higher = vmax<A>(run_most, m);
+        run_sum = run_sum * vexp2<A>(run_most - higher) + s * vexp2<A>(m - higher);
+        run_most = higher;
+      } else {
+        close();
+        run_class = id;
+        run_most = m;
+        run_sum = s;
+      }
+    };
+    for (int64_t k = 0; k < plan.chunks; ++k) {
+      const Chunk chunk = make_chunk(start, classes, k, plan.chunks);
+      if (chunk.begin == chunk.end && !(valid == 0 && k == 0)) continue;
+      const Vec<A> shift = load(field(k, kReference) + v * kW) - reference;
+      const auto at = [&](Field f) { return load(field(k, f) + v * kW); };
+      if (chunk.head_class >= 0) join(chunk.head_class, at(kHeadMaximum) - reference, at(kHeadSum));
+      merge(at(kMaximum) + shift, at(kSum));
+      if (p.targets != nullptr) {
+        const Vec<A> x = at(kTarget);
+        target = x == -Const<A>::kInfinity ? target : x + shift;
+      }
+      if (chunk.tail_class >= 0) join(chunk.tail_class, at(kTailMaximum) - reference, at(kTailSum));
+    }
+    close();
+    const Vec<A> log2_sum = vlog2<A>(sum);
+    store(maximum + v * kW, most);
+    store(log_sum + v * kW, log2_sum);
+    const Vec<A> total =
+        valid == 0 ? splat<A>(-Const<A>::kInfinity) : reference + (most + log2_sum);
+    store(natural + v * kW, total * Const<A>::kLn2);
+    if (p.targets != nullptr) {
+      Vec<A> nll = -((target - most) - log2_sum) * Const<A>::kLn2;
+      if (valid == 0) nll = splat<A>(Const<A>::kInfinity);
+      const Vec<A> none{};
+      nll = targets[v] < 0 ? none : nll;
+      A* to = out + query + v * kW;
+      if (count >= (v + 1) * kW) {
+        store(to, nll);
+      } else {
+        store_n(to, nll, count - v * kW);
+      }
+    }
+  }
+  for (int l = 0; l < count; ++l) lse[l] = natural[l];
+  if (p.targets != nullptr) return;
+  if (held_values != nullptr) {
+    alignas(64) A values[kClassBuffer * kL];
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int v = 0; v < NV; ++v) {
+        const Vec<A> x =
+            (load(held_values + c * kL + v * kW) - load(maximum + v * kW)) - load(log_sum + v * kW);
+        store(values + c * kL + v * kW,
+              valid == 0 ? splat<A>(-Const<A>::kInfinity) : x * Const<A>::kLn2);
+      }
+    }
+    unpack_transposed<A>(values, kL, classes, count, out + query * classes, classes);
+    return;
+  }
+  for (int l = 0; l < count; ++l) {
+    A* row = out + (query + l) * classes;
+    const auto finish = [&](int64_t from, int64_t to, A shift) {
+      const Vec<A> minus = splat<A>(maximum[l] - shift), log2_sum = splat<A>(log_sum[l]);
+      for (int64_t c = from; c < to; c += kW) {
+        const int n = static_cast<int>(min_of<int64_t>(kW, to - c));
+        const Vec<A> x = ((n == kW ? load(row + c) : load_n(row + c, n)) - minus) - log2_sum;
+        const Vec<A> y = valid == 0 ? splat<A>(-Const<A>::kInfinity) : x * Const<A>::kLn2;
+        if (n == kW) {
+          store(row + c, y);
+        } else {
+          store_n(row + c, y, n);
+        }
+      }
+    };
+    int64_t done = 0;
+    for (int64_t k = 0; k < plan.chunks; ++k) {
+      const Chunk chunk = make_chunk(start, classes, k, plan.chunks);
+      if (chunk.begin == chunk.end && !(valid == 0 && k == 0)) continue;
+      finish(done, chunk.class_begin,
+             0);  // partial classes, relative to the first reference already
+      finish(chunk.class_begin, chunk.class_end, field(k, kReference)[l] - field(0, kReference)[l]);
+      done = max_of(done, chunk.class_end);
+    }
+    finish(done, classes, 0);
+  }
+}
+
+template <class S>
+void run_job(const Plan& plan, int64_t index) {
+  using A = Acc<S>;
+  const Problem& p = plan.args->problem;
+  const Panels<A> panels(p.num_queries);
+  const int64_t group = index % plan.panel_jobs, k = index / plan.panel_jobs % plan.chunks;
+  const int64_t t = index / (plan.panel_jobs * plan.chunks);
+  const int64_t first = panels.count * group / plan.panel_jobs;
+  const int64_t last = panels.count * (group + 1) / plan.panel_jobs;
+  const bool whole = plan.chunks == 1;
+  const int64_t lane0 = panels.begin(first);
+  const int64_t lanes = panels.begin(last) - lane0;
+  const int64_t rows = block_rows<A>(p.num_supports, p.dim);
+  constexpr int kMaxLanes = kMaxVectors * kWidth<A>;
+
+  Scratch& scratch = job_scratch;
+  const int64_t sort_rows = whole ? p.num_supports : 0,
+                sort_classes = whole ? p.num_classes + 1 : 0;
+  scratch.reset(Scratch::size_of<int64_t>(sort_rows) + Scratch::size_of<int64_t>(sort_classes) +
+                Scratch::size_of<Panel<A>>(last - first) + Block<S>::bytes(rows, p.dim) +
+                Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(lanes * p.dim) +
+                Scratch::size_of<A>(lanes * (3 + kFields + kClassBuffer)) +
+                Scratch::size_of<IntVec<A>>(lanes / kWidth<A>) +
+                Scratch::size_of<int64_t>((last - first) * kClassBuffer));
+  const Task<S> task(p, t);
+  const int64_t *order = plan.order + t * p.num_supports,
+                *start = plan.start + t * (p.num_classes + 1);
+  if (whole) {
+    int64_t* own_order = scratch.take<int64_t>(sort_rows);
+    int64_t* own_start = scratch.take<int64_t>(sort_classes);
+    sort_by_class(task.labels, p.num_supports, p.num_classes, own_order, own_start);
+    order = own_order;
+    start = own_start;
+  }
+  Panel<A>* panel = scratch.take<Panel<A>>(last - first);
+  Block<S> block;
+  block.allocate(scratch, rows, p.dim);
+  A* tile = scratch.take<A>(rows * kMaxLanes);
+  A* packed = scratch.take<A>(lanes * p.dim);
+  A* arrays = scratch.take<A>(lanes * (3 + kFields + kClassBuffer));
+  IntVec<A>* targets = scratch.take<IntVec<A>>(lanes / kWidth<A>);
+  int64_t* ids = scratch.take<int64_t>((last - first) * kClassBuffer);
+
+  const Job<S> job{p, start, make_chunk(start, p.num_classes, k, plan.chunks), whole,
+                   static_cast<A*>(plan.args->out) + t * p.num_queries * p.num_classes};
+  const auto take = [&](int64_t n) {
+    A* x = arrays;
+    arrays += n;
+    return x;
+  };
+  for (int64_t i = first; i < last; ++i) {
+    Panel<A>& x = panel[i - first];
+    x.vectors = panels.vectors_in(i);
+    const int64_t width = x.vectors * kWidth<A>, begin = panels.begin(i);
+    x.query = begin;
+    x.count = static_cast<int>(min_of(width, p.num_queries - begin));
+    x.packed = packed + (begin - lane0) * p.dim;
+    x.terms = take(width);
+    x.run_maximum = take(width);
+    x.run_sum = take(width);
+    x.values = take(width * kClassBuffer);
+    A* fields = whole ? take(width * kFields)
+                      : static_cast<A*>(plan.partial) +
+                            (t * plan.chunks + k) * kFields * plan.lanes + begin;
+    for (int f = 0; f < kFields; ++f) x.field[f] = fields + f * (whole ? width : plan.lanes);
+    for (int64_t l = 0; l < width; ++l) {
+      x.field[kReference][l] = 0;
+      x.field[kMaximum][l] = Const<A>::kLowest;
+      x.field[kSum][l] = 0;
+      x.field[kTarget][l] = -Const<A>::kInfinity;
+    }
+    x.ids = ids + (i - first) * kClassBuffer;
+    x.held = 0;
+    x.targets = targets + (begin - lane0) / kWidth<A>;
+    if (task.targets != nullptr) {
+      load_targets<A>(task.targets + begin, p.num_classes, x.count, static_cast<int>(width),
+                      x.targets);
+    }
+    pack_panel(p, task.query + begin * p.dim, x.count, static_cast<int>(width), x.packed, x.terms);
+  }
+  const A factor = task.scale * Const<A>::kLog2e;
+  const Chunk& chunk = job.chunk;
+  int64_t first_class = chunk.begin < chunk.end ? class_at(start, p.num_classes, chunk.begin) : 0;
+  // Empty classes in front of all supports.
+  const int64_t front = chunk.begin < chunk.end ? first_class : chunk.class_end;
+  for (int64_t i = first; i < last; ++i) {
+    Panel<A>& x = panel[i - first];
+    with_vectors(x.vectors, [&](auto nv) {
+      job.template push_empty<decltype(nv)::value>(x, chunk.class_begin, front);
+    });
+  }
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin += rows) {
+    const int64_t n = min_of(rows, chunk.end - begin);
+    block.gather(p, task.support, order + begin, n);
+    while (start[first_class + 1] <= begin) ++first_class;
+    for (int64_t i = first; i < last; ++i) {
+      Panel<A>& x = panel[i - first];
+      const Finish<A> finish{p.similarity, block.terms,
+                             needs_norms(p.similarity) ? x.terms : nullptr, factor};
+      with_vectors(x.vectors, [&](auto nv) {
+        constexpr int kNV = decltype(nv)::value;
+        score_block<A, kNV>(block.rows, n, x.packed, p.dim, task.weight, finish, tile);
+        job.template process<kNV>(x, begin, n, first_class, tile);
+      });
+    }
+  }
+  for (int64_t i = first; i < last; ++i) {
+    Panel<A>& x = panel[i - first];
+    with_vectors(x.vectors, [&](auto nv) {
+      constexpr int kNV = decltype(nv)::value;
+      job.template flush<kNV>(x);
+      if (whole) {
+        finish_panel<S, kNV>(plan, t, start, x.query, x.count, x.field[0], kNV * kWidth<A>,
+                             x.targets, p.num_classes <= kClassBuffer ? x.values : nullptr);
+      }
+    });
+  }
+}
+
+template <class S>
+void run_finish(const Plan& plan, int64_t index) {
+  using A = Acc<S>;
+  const Problem& p = plan.args->problem;
+  const Panels<A> panels(p.num_queries);
+  const int64_t i = index % panels.count, t = index / panels.count, begin = panels.begin(i);
+  const Task<S> task(p, t);
+  const int width = panels.vectors_in(i) * kWidth<A>;
+  const int count = static_cast<int>(min_of<int64_t>(width, p.num_queries - begin));
+  IntVec<A> targets[kMaxVectors];
+  if (task.targets != nullptr) {
+    load_targets<A>(task.targets + begin, p.num_classes, count, width, targets);
+  }
+  with_vectors(panels.vectors_in(i), [&](auto nv) {
+    finish_panel<S, decltype(nv)::value>(
+        plan, t, plan.start + t * (p.num_classes + 1), begin, count,
+        static_cast<const A*>(plan.partial) + t * plan.chunks * kFields * plan.lanes + begin,
+        plan.lanes, targets, nullptr);
+  });
+}
+
+template <class S>
+void run(const Forward& args, ParallelFor par) {
+  using A = Acc<S>;
+  const Problem& p = args.problem;
+  if (p.num_tasks == 0 || p.num_queries == 0) return;
+  const Panels<A> panels(p.num_queries);
+  Plan plan{&args, panels.count, 1, 1, panels.lanes(), nullptr, nullptr, nullptr};
+  const int64_t wanted = jobs_per_task(p);
+  plan.chunks = max_of<int64_t>(1, min_of(wanted, p.num_supports / 256));
+  plan.panel_jobs = min_of(panels.count, ceil_div(wanted, plan.chunks));
+  const int64_t jobs = p.num_tasks * plan.panel_jobs * plan.chunks;
+  if (plan.chunks > 1) {
+    const int64_t rows = p.num_tasks * p.num_supports, starts = p.num_tasks * (p.num_classes + 1);
+    const int64_t partial = p.num_tasks * plan.chunks * kFields * plan.lanes;
+    call_scratch.reset(Scratch::size_of<int64_t>(rows) + Scratch::size_of<int64_t>(starts) +
+                       Scratch::size_of<A>(partial));
+    plan.order = call_scratch.take<int64_t>(rows);
+    plan.start = call_scratch.take<int64_t>(starts);
+    plan.partial = call_scratch.take<A>(partial);
+    par(
+        p.num_tasks, 1,
+        [](void* context, int64_t begin, int64_t end) {
+          const Plan& x = *static_cast<const Plan*>(context);
+          const Problem& q = x.args->problem;
+          for (int64_t t = begin; t < end; ++t) {
+            sort_by_class(q.labels + t * q.num_supports, q.num_supports, q.num_classes,
+                          x.order + t * q.num_supports, x.start + t * (q.num_classes + 1));
+          }
+        },
+        &plan);
+  }
+  const int64_t work = task_work(p) / (plan.panel_jobs * plan.chunks);
+  par(
+      jobs, max_of<int64_t>(1, kSerialWork / work),
+      [](void* context, int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) run_job<S>(*static_cast<const Plan*>(context), j);
+      },
+      &plan);
+  if (plan.chunks > 1) {
+    par(
+        p.num_tasks * panels.count, 1,
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t j = begin; j < end; ++j)
+            run_finish<S>(*static_cast<const Plan*>(context), j);
+        },
+        &plan);
+  }
+}
+
+}  // namespace
+
+void forward(const Forward& args, ParallelFor par) {
+  switch (args.problem.dtype) {
+    case DType::kFloat32:
+      return run<float>(args, par);
+    case DType::kFloat64:
+      return run<double>(args, par);
+    case DType::kBFloat16:
+      return run<bfloat16>(args, par);
+    case DType::kFloat16:
+      return run<float16>(args, par);
+  }
+}
+
+}  // namespace fastmeta::matching::FASTMETA_ISA

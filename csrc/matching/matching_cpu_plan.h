@@ -1,0 +1,145 @@
+// What forward and backward share on the CPU: panels of queries, blocks of supports, jobs.
+#pragma once
+#include <cstdint>
+
+#include "common/class_order.h"
+#include "common/scratch.h"
+#include "matching/matching_cpu_tiles.h"
+
+namespace fastmeta::matching::FASTMETA_ISA {
+
+// The queries of a task as panels of up to kMaxVectors vectors, as even as they can be.
+template <class A>
+struct Panels {
+  explicit Panels(int64_t num_queries)
+      : queries(num_queries),
+        vectors(ceil_div(num_queries, kWidth<A>)),
+        count(ceil_div(vectors, kMaxVectors)) {}
+  int vectors_in(int64_t panel) const {
+    return static_cast<int>(vectors / count + (panel < vectors % count ? 1 : 0));
+  }
+  // Where a panel begins, in lanes and so in queries.
+  int64_t begin(int64_t panel) const {
+    return (panel * (vectors / count) + min_of(panel, vectors % count)) * kWidth<A>;
+  }
+  int64_t lanes() const { return vectors * kWidth<A>; }
+  int64_t queries, vectors, count;
+};
+
+// Rows of support per block: the score tile fits the L1 cache and the rows the L2 cache; blocks
+// even.
+template <class A>
+static int64_t block_rows(int64_t num_rows, int64_t dim) {
+  constexpr int64_t kRows = 48, kBytes = 256 << 10;
+  const int64_t fit = kBytes / (max_of<int64_t>(1, dim) * static_cast<int64_t>(sizeof(A)));
+  const int64_t most = min_of(kRows, max_of<int64_t>(32, fit / 8 * 8));
+  const int64_t blocks = max_of<int64_t>(1, ceil_div(num_rows, most));
+  return max_of<int64_t>(1, ceil_div(num_rows, blocks));
+}
+
+// Multiply-adds of a task, with exponentials and packing at a rough price: what grains are made of.
+static inline int64_t task_work(const Problem& p) {
+  const int64_t price = p.similarity == Similarity::kAdditive ? 16 : 1;
+  return p.num_queries * (p.num_supports * (p.dim * price + 24) + 8 * p.dim + 4 * p.num_classes) +
+         1024;
+}
+constexpr int64_t kSerialWork = int64_t{1} << 19;  // work that another thread is worth waking for
+constexpr int64_t kJobWork = int64_t{1} << 21;     // least work of a job when tasks are split
+constexpr int64_t kJobs = 32;                      // jobs to aim for when tasks are few
+
+static inline int64_t jobs_per_task(const Problem& p) {
+  if (p.num_tasks >= kJobs / 4) return 1;
+  return max_of<int64_t>(1, min_of(kJobs / p.num_tasks, task_work(p) / kJobWork));
+}
+
+// A task of the problem with typed pointers.
+template <class S>
+struct Task {
+  using A = Acc<S>;
+  Task(const Problem& p, int64_t t)
+      : query(static_cast<const S*>(p.query) + t * p.num_queries * p.dim),
+        support(static_cast<const S*>(p.support) + t * p.num_supports * p.dim),
+        labels(p.labels + t * p.num_supports),
+        targets(p.targets == nullptr ? nullptr : p.targets + t * p.num_queries),
+        scale(static_cast<const A*>(p.scale)[t * p.scale_stride]),
+        weight(p.weight == nullptr ? nullptr
+                                   : static_cast<const A*>(p.weight) + t * p.weight_stride) {}
+  const S* query;
+  const S* support;
+  const int64_t* labels;
+  const int64_t* targets;
+  A scale;
+  const A* weight;
+};
+
+static inline bool needs_norms(Similarity s) {
+  return s == Similarity::kCosine || s == Similarity::kSqEuclidean;
+}
+// What a squared norm contributes to the finish: itself, or under cosine its inverse root, 0 for
+// the zero vector.
+template <class A>
+static A norm_term(Similarity s, A squared) {
+  if (s == Similarity::kSqEuclidean) return squared;
+  return squared == A(0) ? A(0) : A(1) / sqrt_of(squared);
+}
+
+// Packs a panel and, where the similarity wants them, the norm terms of its lanes.
+template <class S>
+static void pack_panel(const Problem& p, const S* query, int count, int lanes, Acc<S>* packed,
+                       Acc<S>* terms) {
+  using A = Acc<S>;
+  pack_transposed(query, p.dim, p.dim, count, lanes, packed);
+  if (!needs_norms(p.similarity)) return;
+  panel_norms<A>(packed, p.dim, lanes, terms);
+  if (p.similarity == Similarity::kSqEuclidean) return;
+  for (int l = 0; l < lanes; l += kWidth<A>) {
+    const Vec<A> x = load(terms + l);
+    store(terms + l, x == A(0) ? Vec<A>{} : A(1) / vsqrt<A>(x));
+  }
+}
+
+// A block of supports in class order: rows as accumulation type (in place, or converted) and norm
+// terms.
+template <class S>
+struct Block {
+  using A = Acc<S>;
+  static int64_t bytes(int64_t rows, int64_t dim) {
+    return Scratch::size_of<const A*>(rows) + Scratch::size_of<A>(rows) +
+           (kIsHalf<S> ? Scratch::size_of<A>(rows * dim) : 0);
+  }
+  void allocate(Scratch& scratch, int64_t capacity, int64_t dim) {
+    rows = scratch.take<const A*>(capacity);
+    terms = scratch.take<A>(capacity);
+    converted = kIsHalf<S> ? scratch.take<A>(capacity * dim) : nullptr;
+  }
+  void gather(const Problem& p, const S* support, const int64_t* order, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      const S* from = support + order[r] * p.dim;
+      if constexpr (kIsHalf<S>) {
+        convert_row(from, p.dim, converted + r * p.dim);
+        rows[r] = converted + r * p.dim;
+      } else {
+        rows[r] = from;
+      }
+      if (needs_norms(p.similarity))
+        terms[r] = norm_term(p.similarity, squared_norm(rows[r], p.dim));
+    }
+  }
+  const A** rows;
+  A* terms;
+  A* converted;
+};
+
+// Labels as lane values: a target outside [0, C) matches no class.
+template <class A>
+static void load_targets(const int64_t* targets, int64_t num_classes, int count, int lanes,
+                         IntVec<A>* out) {
+  constexpr int kW = kWidth<A>;
+  for (int l = 0; l < lanes; ++l) {
+    const bool inside =
+        l < count && static_cast<uint64_t>(targets[l]) < static_cast<uint64_t>(num_classes);
+    out[l / kW][l % kW] = inside ? targets[l] : -1;
+  }
+}
+
+}  // namespace fastmeta::matching::FASTMETA_ISA
