@@ -220,6 +220,32 @@ struct BackwardPlan {
   double* partial;  // [pieces]: sums of the pieces that a later step adds up
 };
 
+// A piece of columns of a rate shared by the tasks: sums over kTasksPerSum tasks join the total.
+template <class S>
+void backward_columns(const SgdBackwardTensor& x, const Cutting& cut, const Piece& piece) {
+  using A = Acc<S>;
+  constexpr int64_t kColumns = 512, kTasksPerSum = 16;
+  alignas(64) A sum[kColumns];
+  const bool o = x.grad_out.element_stride != 0, g = x.grad.element_stride != 0;
+  for (int64_t n0 = piece.begin; n0 < piece.end; n0 += kColumns) {
+    const int64_t n = min_of(kColumns, piece.end - n0);
+    A* grad_lr = static_cast<A*>(x.grad_lr) + n0;
+    for (int64_t t = 0; t < cut.tasks; ++t) {
+      const S* grad_out = at<S>(x.grad_out, t, n0);
+      const S* grad = at<S>(x.grad, t, n0);
+      const A* lr = at<A>(x.lr, t, n0);
+      S* grad_grad = static_cast<S*>(x.grad_grad) + t * cut.elements + n0;
+      if (t % kTasksPerSum == 0) {
+        backward_row<S, LrGrad::kWrite>(grad_out, o, grad, g, lr, true, grad_grad, sum, n);
+      } else {
+        backward_row<S, LrGrad::kAdd>(grad_out, o, grad, g, lr, true, grad_grad, sum, n);
+      }
+      if ((t + 1) % kTasksPerSum != 0 && t + 1 < cut.tasks) continue;
+      for (int64_t i = 0; i < n; ++i) grad_lr[i] = (t < kTasksPerSum ? A(0) : grad_lr[i]) + sum[i];
+    }
+  }
+}
+
 template <class S>
 void backward_piece(const BackwardPlan& plan, int64_t index) {
   using A = Acc<S>;
@@ -229,6 +255,7 @@ void backward_piece(const BackwardPlan& plan, int64_t index) {
   const bool along = x.lr.element_stride != 0;
   const bool o = x.grad_out.element_stride != 0, g = x.grad.element_stride != 0;
   const int64_t n = piece.end - piece.begin;
+  if (cut.cut == Cut::kColumns) return backward_columns<S>(x, cut, piece);
   double total = 0;
   for (int64_t t = piece.task_begin; t < piece.task_end; ++t) {
     const S* grad_out = at<S>(x.grad_out, t, piece.begin);
@@ -238,11 +265,7 @@ void backward_piece(const BackwardPlan& plan, int64_t index) {
     A* grad_lr = static_cast<A*>(x.grad_lr);
     if (along) {
       grad_lr += t * x.lr.task_stride + piece.begin;
-      if (cut.cut == Cut::kColumns && t > 0) {
-        backward_row<S, LrGrad::kAdd>(grad_out, o, grad, g, lr, true, grad_grad, grad_lr, n);
-      } else {
-        backward_row<S, LrGrad::kWrite>(grad_out, o, grad, g, lr, true, grad_grad, grad_lr, n);
-      }
+      backward_row<S, LrGrad::kWrite>(grad_out, o, grad, g, lr, true, grad_grad, grad_lr, n);
       continue;
     }
     const double sum =
