@@ -314,4 +314,5 @@ def main() -> None:
     setup(ext_modules=modules, cmdclass={**commands, "build_py": BuildPython})
 
 
-main()
+if __name__ == "__main__":
+    main()

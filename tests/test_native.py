@@ -1,0 +1,136 @@
+"""Loading of the compiled kernels: each case in a process of its own, as loading happens once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmeta
+
+PACKAGE = Path(fastmeta.__file__).parent
+CLASSIFY = """
+query = torch.tensor([[1.0, 0.0]])
+support = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+print(fm.matching_attention(query, support, torch.tensor([1, 0]), 2, output="probs").tolist())
+"""
+INFO = "print(json.dumps(fm.backend_info()))"
+
+
+def run(code, *, folder=None, **env):
+    """Runs ``code`` after the imports, with ``fastmeta`` from ``folder`` if given."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("FASTMETA_")}
+    if folder is not None:
+        keep["PYTHONPATH"] = str(folder)
+    command = f"import json, warnings, torch\nimport fastmeta as fm\n{code}"
+    return subprocess.run(
+        [sys.executable, "-W", "always::RuntimeWarning", "-c", command],
+        env={**keep, "OMP_NUM_THREADS": "1", **env},
+        cwd=folder or PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def without_extension(tmp_path_factory):
+    """A copy of the package that lacks the compiled modules."""
+    folder = tmp_path_factory.mktemp("pure")
+    ignore = shutil.ignore_patterns("_C*", "_build_info.json", "__pycache__")
+    shutil.copytree(PACKAGE, folder / "fastmeta", ignore=ignore)
+    return folder
+
+
+def test_without_the_extension_one_warning_and_everything_works(without_extension):
+    done = run(
+        CLASSIFY + "import fastmeta.ops, fastmeta.info" + "\n" + INFO, folder=without_extension
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "fastmeta runs on its pure-PyTorch reference" in done.stderr
+    probabilities, info = (json.loads(line) for line in done.stdout.splitlines())
+    # cos = 1, 0: softmax of (1, 0) over labels (1, 0)
+    assert probabilities[0] == pytest.approx([1 / (1 + 2.718281828459045), 0.7310585786300049])
+    assert info["native"] is False
+    assert "not built" in info["native_reason"]
+    assert {on["cpu"] for on in info["ops"].values()} == {"reference"}
+
+
+def test_native_makes_absence_an_error(without_extension):
+    done = run(CLASSIFY, folder=without_extension, FASTMETA_BACKEND="native")
+    assert done.returncode != 0
+    assert (
+        "ImportError: FASTMETA_BACKEND=native, but the compiled kernels are absent" in done.stderr
+    )
+
+
+def test_a_broken_extension_is_named(without_extension, tmp_path):
+    shutil.copytree(without_extension / "fastmeta", tmp_path / "fastmeta")
+    (tmp_path / "fastmeta" / "_C.so").write_bytes(b"not a shared library")
+    done = run(INFO, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "did not load" in json.loads(done.stdout)["native_reason"]
+    assert done.stderr.count("RuntimeWarning") == 1
+
+
+def test_reference_is_silent_and_loads_nothing():
+    done = run(INFO, FASTMETA_BACKEND="reference")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    info = json.loads(done.stdout)
+    assert (info["backend"], info["native"], info["isa"]) == ("reference", False, None)
+    assert {on["cpu"] for on in info["ops"].values()} == {"reference"}
+
+
+def test_a_wrong_backend_is_an_error():
+    done = run(INFO, FASTMETA_BACKEND="fastest")
+    assert done.returncode != 0
+    assert (
+        "FASTMETA_BACKEND must be one of 'auto', 'native', 'reference', got 'fastest'"
+        in done.stderr
+    )
+
+
+@pytest.fixture
+def built():
+    info = fastmeta.backend_info()
+    if not info["native"]:
+        pytest.skip("runs where the extension is built")
+    return info
+
+
+def test_all_ops_run_native_kernels(built):
+    done = run(INFO, FASTMETA_BACKEND="native")
+    assert (done.returncode, done.stderr) == (0, "")
+    info = json.loads(done.stdout)
+    assert {on["cpu"] for on in info["ops"].values()} == {"native"}
+    assert info["build"]["native"] is True
+    assert info["build"]["torch_target"] == "2.11"
+    assert info["isa"] == info["isas"][-1]
+
+
+def test_the_instruction_set_is_overridden_downwards(built):
+    for isa in built["isas"]:
+        done = run(INFO, FASTMETA_BACKEND="native", FASTMETA_CPU_ISA=isa)
+        info = json.loads(done.stdout)
+        assert info["isa"] == isa
+        assert info["isa_reason"] == f"FASTMETA_CPU_ISA={isa}"
+
+
+def test_the_instruction_set_never_goes_above_the_machine(built):
+    names = ["baseline", "avx2", "avx512"]
+    done = run(INFO, FASTMETA_BACKEND="native", FASTMETA_CPU_ISA=names[-1])
+    assert json.loads(done.stdout)["isa"] == built["isas"][-1]
+    for above in names[len(built["isas"]) :]:
+        with pytest.raises(ValueError, match="cannot run"):
+            fastmeta._native.cpu_module.set_isa(above)
+
+
+def test_a_wrong_instruction_set_is_an_error(built):
+    done = run(INFO, FASTMETA_BACKEND="native", FASTMETA_CPU_ISA="avx1024")
+    assert done.returncode != 0
+    assert "FASTMETA_CPU_ISA must be baseline, avx2 or avx512, got 'avx1024'" in done.stderr
