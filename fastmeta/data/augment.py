@@ -14,11 +14,10 @@ __all__ = ["Augment"]
 
 # Control points along a side of the spline that bends an image.
 CONTROL = 6
-# Binary digits after the point of spline weights and of control points. Weights are at most 1 and
-# sum to 1, points are below 2: all products and partial sums then fit the 24 bits of a float32, so
-# the matrix product is exact, and images are the same to the bit for any batch, thread count and
-# BLAS.
-BITS = 11
+# Spline weights are multiples of 2**-11 that sum to 1, and control points keep only so many binary
+# digits that every product and partial sum fits the 24 of a float32. So the matrix product is
+# exact, and images are the same to the bit for any batch, thread count and BLAS.
+WEIGHT_BITS = 11
 # Images at a time: what they need between the steps stays in the cache.
 CHUNK = 192
 
@@ -75,6 +74,11 @@ class Augment:
         self.rotate, self.scale, self.stretch, self.shear = rotate, scale, stretch, shear
         self.translate, self.elastic = translate, elastic
         self.thicker, self.thinner = thicker, thinner
+        # No control point lies further out; the fewer digits before the point, the more after it.
+        angle = np.deg2rad(min(rotate, 45.0))
+        turned = (np.cos(angle) + np.sin(angle)) * (1 + shear) * (1 + 2 / (CONTROL - 3))
+        reach = turned / ((1 - scale) * (1 - stretch / 2)) + (translate + elastic) / 14
+        self._grain = 2.0 ** (np.ceil(np.log2(reach)) + WEIGHT_BITS - 24)
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -139,8 +143,7 @@ class Augment:
         if key not in self._weights:
             self._weights[key] = _spline_weights(height, width)
         control = torch.stack([x, y])  # [2, N, 36]
-        # Points outside land outside the image anyway.
-        control = (control.clamp(-1.99, 1.99) * 2**BITS).round() * 2**-BITS
+        control = (control / self._grain).round() * self._grain
         spread = control.reshape(-1, CONTROL**2) @ self._weights[key]
         return torch.stack(spread.view(2, -1, height, width).unbind(0), -1)
 
@@ -172,11 +175,11 @@ def _spline_weights(height: int, width: int) -> Tensor:
     """Weights ``[36, H * W]`` of the control points at each pixel: a uniform cubic B-spline."""
     rows, columns = _spline(height), _spline(width)
     weights = np.einsum("ih,jw->ijhw", rows, columns).reshape(CONTROL**2, height * width)
-    weights = np.round(weights * 2**BITS)
+    weights = np.round(weights * 2**WEIGHT_BITS)
     # Rounding must not move the image: what is missing from a sum of 1 goes to the largest weight.
     largest = weights.argmax(0)
-    weights[largest, np.arange(height * width)] += 2**BITS - weights.sum(0)
-    return torch.from_numpy((weights * 2.0**-BITS).astype(np.float32))
+    weights[largest, np.arange(height * width)] += 2**WEIGHT_BITS - weights.sum(0)
+    return torch.from_numpy((weights * 2.0**-WEIGHT_BITS).astype(np.float32))
 
 
 def _spline(pixels: int) -> np.ndarray:

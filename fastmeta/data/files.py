@@ -87,11 +87,8 @@ def cached_arrays(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        path.unlink(missing_ok=True)
-    arrays = make()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = make()  # there is none, or a damaged one, which is replaced
     try:
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]

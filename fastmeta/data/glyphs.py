@@ -224,8 +224,8 @@ def _groups(codes: np.ndarray, same: _Union, alike: Iterable[tuple[int, int]]) -
 def _base(code: int) -> int:
     """The character without accents, strokes, hooks and case."""
     char = unicodedata.normalize("NFKD", chr(code))[0]
-    if char == " ":  # an accent on its own
-        return code
+    if char == " ":  # an accent on its own, which only the other normal form takes apart
+        char = unicodedata.normalize("NFD", chr(code))[0]
     name = unicodedata.name(char, "")
     # Strokes and hooks are not decomposed by Unicode, but its names say them.
     for cut in (" WITH ", " DIGRAPH"):

@@ -223,27 +223,19 @@ class EpisodeSampler(EpisodeStream):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Item numbers ``[rows, most shots]`` and ``[rows, most queries]``."""
         reuse = self.small == "reuse"
-        columns_s = np.arange(max(1, shots.max()))[None, :]
-        columns_q = np.arange(max(1, queries.max()))[None, :]
         if self._split:
             room_s, room_q = self._support.counts[classes], self._query.counts[classes]
             own_s = np.minimum(shots, room_s) if reuse else shots
             own_q = np.minimum(queries, room_q) if reuse else queries
             order_s = self._support.pick(classes, own_s, [plan.item_keys[0] for plan in plans])
             order_q = self._query.pick(classes, own_q, [plan.item_keys[1] for plan in plans])
-            support = np.take_along_axis(order_s, columns_s % own_s[:, None], 1)
-            query = np.take_along_axis(order_q, columns_q % np.maximum(own_q, 1)[:, None], 1)
-            return support, query
+            return _cycle(order_s, 0, own_s, shots), _cycle(order_q, 0, own_q, queries)
         room = self._support.counts[classes]
         # A class too small for its task gives half of its items to each side at least.
         own_s = np.minimum(shots, np.maximum(room - queries, (room + 1) // 2)) if reuse else shots
         own_q = np.minimum(queries, room - own_s) if reuse else queries
         order = self._support.pick(classes, own_s + own_q, [plan.item_keys[0] for plan in plans])
-        support = np.take_along_axis(order, columns_s % own_s[:, None], 1)
-        step = own_s[:, None] + columns_q % np.maximum(own_q, 1)[:, None]
-        # A row without queries points at its first item, which its side does not read.
-        query = np.take_along_axis(order, np.where(queries[:, None] > 0, step, 0), 1)
-        return support, query
+        return _cycle(order, 0, own_s, shots), _cycle(order, own_s, own_q, queries)
 
     def _eligible(self, ways: int, shots: int, queries: int) -> np.ndarray:
         """Classes that can give so many items; raises when they are too few."""
@@ -368,6 +360,14 @@ class _Side:
         padded_x[where] = x
         padded_y[where] = labels
         return padded_x, padded_y
+
+
+def _cycle(order: np.ndarray, start: Any, own: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``counts[r]`` items of a row, going round the ``own[r]`` ones that begin at ``start[r]``."""
+    round_ = np.arange(counts.max())[None, :] % np.maximum(own, 1)[:, None]
+    place = np.minimum(np.reshape(start, (-1, 1)) + round_, order.shape[1] - 1)
+    # A row that wants none keeps some number, which nothing reads.
+    return np.take_along_axis(order, place, 1)
 
 
 def _items_of(data: Any) -> tuple[Any, tuple[str, ...]]:

@@ -1,0 +1,116 @@
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from fastmeta.data import Augment, Episode, EpisodeSampler, EpisodeStream, sinusoids
+
+IMAGES = torch.rand(80, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(80) % 8
+
+
+def sampler(**change):
+    options = dict(ways=(2, 5), shots=(1, 2), queries=3, tasks=3, seed=11, transform=Augment())
+    return EpisodeSampler(IMAGES, LABELS, **{**options, **change})
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert isinstance(a, Episode)
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("make", [sampler, lambda **o: sinusoids(tasks=3, seed=2, **o)])
+def test_workers_change_nothing(make, workers):
+    want = [make()[i] for i in range(5)]
+    assert_same(take(make(workers=workers), 5), want)
+    assert_same(list(make(workers=workers, batches=5)), want)
+
+
+def test_workers_leave_the_random_numbers_of_the_caller_alone():
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    take(sampler(workers=1), 2)
+    assert torch.equal(torch.rand(4), want)
+
+
+def test_an_endless_stream_goes_on_and_a_finite_one_starts_again():
+    endless, want = sampler(), [sampler()[i] for i in range(6)]
+    assert_same(take(endless, 2) + take(endless, 3) + take(endless, 1), want)
+    finite = sampler(batches=3)
+    assert len(finite) == 3
+    take(finite, 2)
+    assert_same(list(finite) + list(finite), want[:3] * 2)
+    with pytest.raises(TypeError, match="endless; give batches="):
+        len(endless)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batches", [None, 6])
+def test_resuming_goes_on_where_it_was_left(workers, batches):
+    want = [sampler()[i] for i in range(6)]
+    first = sampler(workers=workers, batches=batches)
+    # Workers are ahead of the reader here: what counts is what was handed over.
+    assert_same(take(first, 2), want[:2])
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    resumed = sampler(workers=workers, batches=batches)
+    resumed.load_state_dict(state)
+    assert_same(take(resumed, 4), want[2:])
+    if batches:
+        assert_same(list(resumed), want)
+
+
+def test_a_finished_set_stays_finished_when_resumed():
+    first = sampler(batches=2)
+    for _ in first:
+        state = first.state_dict()
+    again = sampler(batches=2)
+    again.load_state_dict(state)
+    assert [len(list(again)), len(list(again))] == [0, 2]
+
+
+def test_a_state_of_another_stream_is_refused():
+    state = sampler().state_dict()
+    for change, text in {
+        "seed": (dict(seed=12), r"state\['seed'\] must be 12 as here, got 11"),
+        "tasks": (dict(tasks=4), r"state\['tasks'\] must be 4 as here, got 3"),
+        "ways": (dict(ways=3), r"state\['ways'\] must be '\[3\]' as here"),
+    }.values():
+        with pytest.raises(ValueError, match=text):
+            sampler(**change).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"'stream'"):
+        sinusoids(tasks=3, seed=11).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state of state_dict\(\) with 'position'"):
+        sampler().load_state_dict({k: v for k, v in state.items() if k != "position"})
+
+
+def test_any_batch_can_be_read_directly_and_streams_pickle():
+    stream = pickle.loads(pickle.dumps(sampler(batches=4)))
+    assert_same([stream[3]], [sampler()[3]])
+    for index in (-1, 4):
+        with pytest.raises(
+            IndexError, match=f"index must be not negative and below 4, got {index}"
+        ):
+            stream[index]
+
+
+class Counting(EpisodeStream):
+    """A stream of one's own: its items are the numbers of the tasks."""
+
+    def make(self, tasks):
+        x = torch.tensor(list(tasks), dtype=torch.float32).view(-1, 1, 1)
+        return Episode(x, x, x, x)
+
+
+def test_own_streams():
+    got = torch.cat([e.support_x.flatten() for e in Counting(tasks=2, batches=3, workers=1)])
+    assert got.tolist() == [0, 1, 2, 3, 4, 5]
