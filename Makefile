@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
 say = @printf '\033[1m== %s\033[0m\n' '$(strip $(1))'
 
 .PHONY: help demo test test-slow test-cpp test-sanitizers test-cuda-emulation test-compat test-pure \
@@ -61,7 +62,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.%: $(VENV)/.built
+$(VENV)/.%: pyproject.toml | $(VENV)/.built
 	$(call say, tools of fastmeta[$*])
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
@@ -89,12 +90,12 @@ test-cuda-emulation: build
 
 test-cpp:
 	$(call say, GoogleTest tests of the kernels)
-	@cmake --preset release && cmake --build --preset release && ctest --preset release
+	@cmake --preset release && cmake --build --preset release $(JOBS) && ctest --preset release
 
 test-sanitizers:
 	$(call say, GoogleTest tests under sanitizers)
 	@for preset in asan tsan; do \
-	  cmake --preset $$preset; cmake --build --preset $$preset; ctest --preset $$preset; \
+	  cmake --preset $$preset; cmake --build --preset $$preset $(JOBS); ctest --preset $$preset; \
 	done
 
 test-compat: build
