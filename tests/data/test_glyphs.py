@@ -135,3 +135,10 @@ def test_wrong_use_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install fastmeta\[train\]"):
         glyphs("train")
+
+
+def test_missing_fonts_are_told(monkeypatch, tmp_path):
+    fonts = importlib.import_module("fastmeta.data._fonts")
+    monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"fonts must be in .*'DejaVuSans', .* are missing"):
+        fonts.render_faces()
