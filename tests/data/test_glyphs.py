@@ -52,8 +52,8 @@ def test_ink_fills_a_box_of_20_in_the_middle(everything):
         sizes.append(last - first + 1)
     longer = torch.maximum(*sizes)
     assert longer.min() >= 18
-    assert longer.max() <= 21
-    assert ((longer == 20) | (longer == 21)).float().mean() > 0.9
+    assert longer.max() <= 22
+    assert (longer >= 20).float().mean() > 0.9
     assert (everything.images.flatten(1).amax(1) > 100).all()
 
 
