@@ -443,9 +443,9 @@ def test_tracing_rules():
 
 @pytest.mark.compile
 def test_compiles_whole():
-    net = make()
-    support_x, support_y, query_x, query_y = episode()
-    support_y[1, 4:] = -100
+    net = make(full_context=1)
+    support_x, support_y, query_x, query_y = episode(supports=3)
+    support_y[1, 2:] = -100
     compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
     got = compiled(support_x, support_y, query_x, query_y, WAYS)
     want = net.loss(support_x, support_y, query_x, query_y, WAYS)

@@ -169,7 +169,7 @@ def test_gradients_to_second_order():
     ]
     call = functional(module, *names)
     assert gradcheck(call, inputs)
-    assert gradgradcheck(lambda *t: call(*t)[1], inputs)
+    assert gradgradcheck(lambda *t: call(*t)[1], inputs, fast_mode=True)
 
 
 def test_transforms():
@@ -192,15 +192,6 @@ def test_transforms():
         want = torch.func.grad(value)(own, support[task : task + 1], query[task : task + 1])
         for name in want:
             torch.testing.assert_close(per_task[name][task], want[name], msg=name)
-
-
-@pytest.mark.compile
-def test_compiles_whole():
-    module, (support, query) = make(), data()
-    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(support, query, mask), module(support, query, mask), strict=True):
-        torch.testing.assert_close(got, want)
 
 
 def test_autocast():
