@@ -260,11 +260,10 @@ class MatchingNetworks(nn.Module):
 
     Example:
         >>> import torch, fastmeta as fm
-        >>> net = fm.MatchingNetworks(input_size=4, hidden_size=8, num_classes=3,
-        attention="additive")
+        >>> net = fm.MatchingNetworks(4, 8, num_classes=3, attention="additive")
         >>> support_set, support_labels = torch.rand(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> net(support_set, support_labels, torch.rand(2, 4)).sum(-1)
-        tensor([1.0000, 1.0000], grad_fn=<SumBackward1>)
+        >>> net(support_set, support_labels, torch.rand(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
