@@ -194,6 +194,7 @@ def measure(options: argparse.Namespace, case: Case) -> list[Result]:
     truth = [as_float64(t) for t in case.truth()]
     prepared = [_prepare(options, case, c, truth) for c in wanted]
     running = [(result, step) for result, step in prepared if step is not None]
+    gc.collect()
     numbers = []
     for _, step in running:
         step()
@@ -203,7 +204,6 @@ def measure(options: argparse.Namespace, case: Case) -> list[Result]:
     while running and rounds < 25:
         if rounds >= 5 and time.perf_counter() - started > options.seconds:
             break
-        gc.collect()
         turn = list(zip(running, numbers, strict=True))
         shift = rounds % len(turn)
         for (result, step), number in turn[shift:] + turn[:shift]:
@@ -227,7 +227,9 @@ def summarise(options: argparse.Namespace, case: Case, results: list[Result]) ->
     peers = [r for r in timed if r.kind != "ours"]
     best = min(peers, key=lambda r: r.median, default=None)
     eager = min((r for r in peers if r.kind == "eager"), key=lambda r: r.median, default=None)
-    floor = _floors.floor_seconds(options.device, options.threads, case.flops, case.traffic)
+    floor = 0.0  # not measured for tiny shapes
+    if not options.quick:
+        floor = _floors.floor_seconds(options.device, options.threads, case.flops, case.traffic)
     rows = [
         {
             "name": r.name,
@@ -304,7 +306,10 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    peak = _floors.fma_peak(options.threads)
+    peak = gemm = None
+    if not options.quick:
+        peak = _floors.fma_peak(options.threads)
+        gemm = _floors.gemm_peak(options.device, options.threads)
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
@@ -318,7 +323,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "device": options.device,
         "fma_gflops": None if peak is None else round(peak / 1e9),
-        "gemm_gflops": round(_floors.gemm_peak(options.device, options.threads) / 1e9),
+        "gemm_gflops": None if gemm is None else round(gemm / 1e9),
     }
     if options.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -330,17 +335,16 @@ def header(facts: dict[str, Any]) -> str:
     ops = {op: on for op, on in facts["ops"].items() if not op.endswith("backward")}
     native = [op for op, on in ops.items() if on == "native"]
     rest = [op for op, on in ops.items() if on != "native"]
-    fma = f"{facts['fma_gflops']} GFLOP/s" if facts["fma_gflops"] else "unknown (no C compiler)"
-    return "\n".join(
-        [
-            f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, "
-            f"torch {facts['torch']}, "
-            f"fastmeta {facts['fastmeta']}, {facts['dtype']}, load {facts['load_before']}",
-            f"native ({facts['isa']}): {', '.join(native) or 'none'}"
-            + (f"; on the reference: {', '.join(rest)}" if rest else ""),
-            f"FMA peak {fma}, torch mm {facts['gemm_gflops']} GFLOP/s",
-        ]
-    )
+    lines = [
+        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"fastmeta {facts['fastmeta']}, {facts['dtype']}, load {facts['load_before']}",
+        f"native ({facts['isa']}): {', '.join(native) or 'none'}"
+        + (f"; on the reference: {', '.join(rest)}" if rest else ""),
+    ]
+    if facts["gemm_gflops"]:
+        fma = f"{facts['fma_gflops']} GFLOP/s" if facts["fma_gflops"] else "unknown (no compiler)"
+        lines.append(f"FMA peak {fma}, torch mm {facts['gemm_gflops']} GFLOP/s")
+    return "\n".join(lines)
 
 
 def plot(path: Path, title: str, facts: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
@@ -433,12 +437,15 @@ def run(
     configure(options)
     facts = machine(options)
     print(f"== {name}: {description}\n{header(facts)}", flush=True)
+    gc.collect()
+    gc.freeze()  # or every collection would walk all that was imported
     chosen = options.cases.split(",")
     summaries = []
     for case in cases(options):
         if any(part in case.name for part in chosen):
             summaries.append(summarise(options, case, measure(options, case)))
             print(table(summaries[-1]), flush=True)
+    gc.unfreeze()
     if not summaries:
         print(f"no case is named like {options.cases!r}")
         return 2
