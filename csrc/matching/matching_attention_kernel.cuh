@@ -1,0 +1,177 @@
+// Device code of the forward of matching_attention and matching_nll.
+//
+// A block owns 64 queries of one task and streams the task's supports, sorted by class, in tiles of
+// 64 through shared memory (matching_tile_kernel.cuh). A tile's scores go to shared memory; then
+// four threads a query fold them, class after class, into an online (max, sum). At the end of a
+// class its log-sum-exp is written to out and folded into the query's total, so one pair of (max,
+// sum) a thread is all the state, whatever C is; the last step subtracts lse from the block's part
+// of out. Nothing of size Q x S leaves the block.
+//
+//   bytes   (S * D * ceil(Q / 64) + Q * D * (1 + S / 64 from L2)) * b + 3 * Q * C * 4 a task (nll:
+//   no C) FLOPs   2 * Q * S * D (dot), 3 * (differences), a tanh more (additive), and two exp a
+//   pair bound   by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100); few-shot
+//   sizes by
+//           how many blocks there are: T * ceil(Q / 64), a block a multiprocessor and more from T =
+//           64
+//   shared  28 KB (float32, 16-bit), 55 KB (float64): two blocks or more a multiprocessor, from
+//   sm_80 banks   scores have pitch 68: 16-byte stores of neighbouring lanes, and reads of 8 rows x
+//   4
+//           columns a warp that touch 32 different banks
+//   threads all follow the same classes, so branches on classes never diverge
+#pragma once
+#include "matching/matching_tile_kernel.cuh"
+
+namespace fastmeta::matching::cuda {
+
+template <class scalar_t>
+struct ForwardParams {
+  using acc = acc_t<scalar_t>;
+  ProblemParams<scalar_t> problem;
+  int64_t query_blocks;
+  acc* out;
+  acc* lse;
+};
+
+template <class acc>
+struct ForwardShared {
+  Stage<acc> stage;
+  acc score[kTile][kPitch];
+  Side<acc> query, support;
+  int64_t cls[kTile];
+  int64_t class_end[kTile];  // where the support's class ends, in the sorted order
+};
+
+// Sum of exp(z) over some scores z, as sum * exp(max).
+template <class acc>
+struct LogSum {
+  acc max = -infinity<acc>(), sum = 0;
+
+  static __device__ __forceinline__ acc weight(acc from, acc to) {  // also where both are infinite
+    return from == to ? acc(1) : exp_(from - to);
+  }
+  __device__ __forceinline__ void merge(acc other_max, acc other_sum) {
+    const acc top = max_(max, other_max);
+    sum = sum * weight(max, top) + other_sum * weight(other_max, top);
+    max = top;
+  }
+  // Merges with the lane `offset` away; both lanes compute the same expression, to the same bits.
+  __device__ __forceinline__ void merge_lane(int offset) {
+    const acc other_max = __shfl_xor_sync(kFullMask, max, offset);
+    const acc other_sum = __shfl_xor_sync(kFullMask, sum, offset);
+    const bool upper = threadIdx.x & offset;
+    LogSum first{upper ? other_max : max, upper ? other_sum : sum};
+    first.merge(upper ? max : other_max, upper ? sum : other_sum);
+    *this = first;
+  }
+  __device__ __forceinline__ acc log() const { return max + log_(sum); }
+};
+
+template <class scalar_t, class Product>
+__global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
+    forward_kernel(const __grid_constant__ ForwardParams<scalar_t> params) {
+  using acc = acc_t<scalar_t>;
+  constexpr int kParts = kThreads / kTile;  // threads of a query when its scores are folded
+  FASTMETA_DYNAMIC_SHARED(ForwardShared<acc>, shared);
+  const ProblemParams<scalar_t>& p = params.problem;
+  const int thread = threadIdx.x, ty = thread / kAcross, tx = thread % kAcross;
+  const int i = thread / kParts, part = thread % kParts;
+  const acc none = -infinity<acc>();
+
+  const int64_t work_items = p.num_tasks * params.query_blocks;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t task = work / params.query_blocks;
+    const int64_t query0 = work % params.query_blocks * kTile;
+    const int64_t* class_start = p.class_start + task * (p.num_classes + 1);
+    const int64_t* order = p.order + task * p.num_supports;
+    const int64_t num_valid = class_start[p.num_classes];
+    const acc scale = p.scale[task * p.scale_stride];
+    const acc* weight = p.weight == nullptr ? nullptr : p.weight + task * p.weight_stride;
+
+    const int64_t row = task * p.num_queries + query0 + i;
+    const bool owns = query0 + i < p.num_queries;
+    const int64_t target = owns && p.targets != nullptr ? p.targets[row] : -1;
+    acc* out = params.out + (p.targets != nullptr ? row : row * p.num_classes);
+    // Class c of a query is written and read by its thread c % kParts alone.
+    const auto write_empty = [&](int64_t from, int64_t to) {
+      if (!owns || p.targets != nullptr) return;
+      for (int64_t c = from + ((part - from) & (kParts - 1)); c < to; c += kParts) out[c] = none;
+    };
+
+    __syncthreads();  // the last work item is done with shared memory
+    if (thread < kTile) {
+      const int64_t query = query0 + thread;
+      set_row(shared->query, thread, query < p.num_queries ? task * p.num_queries + query : -1,
+              p.query_factor);
+    }
+    LogSum<acc> total, running;  // of the query (in all its threads), of this thread in the class
+    acc target_lse = none;
+    int64_t next_class = 0;
+    for (int64_t support0 = 0; support0 < num_valid; support0 += kTile) {
+      __syncthreads();  // the last tile's scores and classes have been read
+      if (thread < kTile) {
+        const int64_t position = support0 + thread;
+        const bool is_valid = position < num_valid;
+        const int64_t support = is_valid ? task * p.num_supports + order[position] : -1;
+        set_row(shared->support, thread, support, p.support_factor);
+        const int64_t cls = is_valid ? p.labels[support] : p.num_classes;
+        shared->cls[thread] = cls;
+        shared->class_end[thread] = is_valid ? class_start[cls + 1] : position + 1;
+      }
+      __syncthreads();
+      acc sum[4][4];
+      tile_product<Product>(shared->stage, p.query, shared->query, p.support, shared->support,
+                            weight, p.dim, p.vector, sum);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        Pack<acc> score;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
+        *reinterpret_cast<Pack<acc>*>(&shared->score[ty * 4 + r][tx * 4]) = score;
+      }
+      __syncthreads();
+
+      const int count =
+          static_cast<int>(num_valid - support0 < kTile ? num_valid - support0 : kTile);
+      const acc* score = shared->score[i];
+      for (int column = 0; column < count;) {
+        const int64_t cls = shared->cls[column], class_end = shared->class_end[column] - support0;
+        const int end = class_end < count ? static_cast<int>(class_end) : count;
+        acc top = running.max;
+        for (int c = column + part; c < end; c += kParts) top = max_(top, score[c]);
+        running.sum *= LogSum<acc>::weight(running.max, top);
+        running.max = top;
+        for (int c = column + part; c < end; c += kParts) {
+          if (score[c] != none) running.sum += LogSum<acc>::weight(score[c], top);
+        }
+        column = end;
+        if (class_end > count) break;  // the class goes on in the next tile
+        running.merge_lane(1);
+        running.merge_lane(2);
+        const acc class_lse = running.log();
+        write_empty(next_class, cls);
+        if (owns && p.targets == nullptr && (cls & (kParts - 1)) == part) out[cls] = class_lse;
+        if (cls == target) target_lse = class_lse;
+        total.merge(running.max, running.sum);
+        running = {};
+        next_class = cls + 1;
+      }
+    }
+    write_empty(next_class, p.num_classes);
+
+    if (!owns) continue;
+    const acc lse = total.log();
+    if (part == 0) params.lse[row] = lse;
+    if (p.targets != nullptr) {
+      const bool counts = target >= 0 && target < p.num_classes;
+      const acc nll = target_lse == none ? infinity<acc>() : lse - target_lse;
+      if (part == 0) *out = counts ? nll : acc(0);
+      continue;
+    }
+    for (int64_t c = part; c < p.num_classes; c += kParts) {
+      const acc class_lse = out[c];
+      if (class_lse != none) out[c] = class_lse - lse;
+    }
+  }
+}
+
+}  // namespace fastmeta::matching::cuda
