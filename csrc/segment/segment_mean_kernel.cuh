@@ -19,8 +19,7 @@
 
 namespace fastmeta::segment::cuda {
 
-using namespace ::fastmeta::device;  // NOLINT(build/namespaces): this file is device code
-                                     // throughout
+using namespace ::fastmeta::device;  // NOLINT(build/namespaces): device code
 
 inline constexpr int kThreads = 128;
 inline constexpr int kWarps = kThreads / kWarpSize;

@@ -18,20 +18,21 @@
 //
 // grad_lr is reduced in a fixed order: a block sums a chunk (threads stride it, lanes by butterfly,
 // warps in order), sgd_finish_kernel sums the chunks of a row; or, with one number per element of a
-// task, a thread adds the tasks in their order. No atomics: equal inputs give equal bits.
+// task, a thread adds the tasks in their order, kTaskGroup at a time, because one long float sum of
+// 65535 tasks loses digits. No atomics: equal inputs give equal bits.
 #pragma once
 #include "common/device.cuh"
 
 namespace fastmeta::update::cuda {
 
-using namespace ::fastmeta::device;  // NOLINT(build/namespaces): this file is device code
-                                     // throughout
+using namespace ::fastmeta::device;  // NOLINT(build/namespaces): device code
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / kWarpSize;
 inline constexpr int kPacks = 2;  // packs a thread has in flight
 inline constexpr int64_t kChunk = int64_t{kThreads} * kPack * kPacks;  // elements of a block
 inline constexpr int64_t kReduceChunk = 8 * kChunk;  // elements of one partial sum
+inline constexpr int64_t kTaskGroup = 64;            // tasks summed on their own
 inline constexpr int kListBytes = 3840;              // leaves room in 4 KB for the list's own head
 
 // Where element (t, n) of an operand lies.
@@ -227,7 +228,7 @@ __device__ __forceinline__ acc_t<scalar_t> product_sum(const ReduceItem<scalar_t
 }
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     sgd_reduce_kernel(const __grid_constant__ TensorList<ReduceItem<scalar_t>> list) {
   using acc = acc_t<scalar_t>;
   for (int64_t block = blockIdx.x; block < list.blocks; block += gridDim.x) {
@@ -237,12 +238,19 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t element = local * kThreads + threadIdx.x;
       if (element >= item.num_elements) continue;
       acc sum = 0;
-      for (int64_t task = 0; task < item.num_tasks; ++task) {
-        const int64_t i = task * item.num_elements + element;
-        acc grad_out[1], grad[1];
-        fetch<1>(item.grad_out, item.grad_out_layout, i, item.num_elements, grad_out);
-        fetch<1>(item.grad, item.grad_layout, i, item.num_elements, grad);
-        sum += grad_out[0] * grad[0];
+      for (int64_t task0 = 0; task0 < item.num_tasks; task0 += kTaskGroup) {
+        const int64_t end =
+            task0 + kTaskGroup < item.num_tasks ? task0 + kTaskGroup : item.num_tasks;
+        acc group = 0;
+#pragma unroll 4
+        for (int64_t task = task0; task < end; ++task) {
+          const int64_t i = task * item.num_elements + element;
+          acc grad_out[1], grad[1];
+          fetch<1>(item.grad_out, item.grad_out_layout, i, item.num_elements, grad_out);
+          fetch<1>(item.grad, item.grad_layout, i, item.num_elements, grad);
+          group += grad_out[0] * grad[0];
+        }
+        sum += group;
       }
       item.target[element] = acc(0) - sum;
       continue;
