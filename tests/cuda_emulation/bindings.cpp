@@ -1,0 +1,171 @@
+// The launchers, compiled for the host, as a Python module. Arrays come as addresses: the tests own
+// them, place them on purpose (alignment, guard zones) and keep them alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/launch.cuh"
+#include "cuemu.h"
+#include "matching/matching_attention.h"
+#include "segment/segment_mean.h"
+#include "update/sgd_update.h"
+
+namespace py = pybind11;
+using namespace fastmeta;  // NOLINT(build/namespaces): a test module
+
+namespace {
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype_of(const std::string& name) {
+  static const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
+                                                      {"float64", DType::kFloat64},
+                                                      {"bfloat16", DType::kBFloat16},
+                                                      {"float16", DType::kFloat16}};
+  return dtypes.at(name);
+}
+
+void mean(const std::string& dtype, int64_t T, int64_t S, int64_t C, int64_t D, uintptr_t values,
+          uintptr_t labels, uintptr_t mean, uintptr_t count) {
+  segment::cuda::mean(
+      {dtype_of(dtype), T, S, C, D, at(values), at<int64_t>(labels), at(mean), at(count)}, nullptr);
+}
+
+void mean_backward(const std::string& dtype, int64_t T, int64_t S, int64_t C, int64_t D,
+                   uintptr_t grad, uintptr_t labels, uintptr_t count, uintptr_t grad_values) {
+  segment::cuda::mean_backward(
+      {dtype_of(dtype), T, S, C, D, at(grad), at<int64_t>(labels), at(count), at(grad_values)},
+      nullptr);
+}
+
+using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, task stride, element stride
+
+update::Operand operand(const Strided& strided) {
+  const auto& [address, task_stride, element_stride] = strided;
+  return {at(address), task_stride, element_stride};
+}
+
+DType acc_of(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+
+void sgd(const std::string& dtype,
+         const std::vector<std::tuple<int64_t, int64_t, Strided, Strided, Strided, uintptr_t>>&
+             tensors) {
+  std::vector<update::SgdTensor> list;
+  for (const auto& [T, N, param, grad, lr, out] : tensors) {
+    list.push_back({T, N, operand(param), operand(grad), operand(lr), at(out)});
+  }
+  const DType type = dtype_of(dtype);
+  update::cuda::sgd({type, acc_of(type), static_cast<int64_t>(list.size()), list.data()}, nullptr);
+}
+
+void sgd_backward(const std::string& dtype,
+                  const std::vector<std::tuple<int64_t, int64_t, Strided, Strided, Strided,
+                                               uintptr_t, uintptr_t>>& tensors) {
+  std::vector<update::SgdBackwardTensor> list;
+  for (const auto& [T, N, grad_out, grad, lr, grad_grad, grad_lr] : tensors) {
+    list.push_back(
+        {T, N, operand(grad_out), operand(grad), operand(lr), at(grad_grad), at(grad_lr)});
+  }
+  const DType type = dtype_of(dtype);
+  const update::SgdBackward args{type, acc_of(type), static_cast<int64_t>(list.size()),
+                                 list.data()};
+  const auto workspace = cuemu::fresh_shared(update::cuda::sgd_backward_workspace(args));
+  update::cuda::sgd_backward(args, workspace.get(), nullptr);
+}
+
+struct MatchingProblem {
+  std::string dtype, similarity;
+  int64_t T, Q, S, C, D;
+  uintptr_t query, support, labels, targets, scale, weight, order, class_start;
+  int64_t scale_stride, weight_stride;
+
+  matching::Problem get() const {
+    static const std::map<std::string, matching::Similarity> similarities = {
+        {"dot", matching::Similarity::kDot},
+        {"cosine", matching::Similarity::kCosine},
+        {"sqeuclidean", matching::Similarity::kSqEuclidean},
+        {"euclidean", matching::Similarity::kEuclidean},
+        {"additive", matching::Similarity::kAdditive}};
+    return {dtype_of(dtype),
+            similarities.at(similarity),
+            T,
+            Q,
+            S,
+            C,
+            D,
+            at(query),
+            at(support),
+            at<int64_t>(labels),
+            at<int64_t>(targets),
+            at(scale),
+            scale_stride,
+            at(weight),
+            weight_stride};
+  }
+  matching::cuda::Sorted sorted() const { return {at<int64_t>(order), at<int64_t>(class_start)}; }
+};
+
+void matching_forward(const MatchingProblem& problem, uintptr_t out, uintptr_t lse) {
+  const matching::Forward args{problem.get(), at(out), at(lse)};
+  const auto workspace = cuemu::fresh_shared(matching::cuda::forward_workspace(args.problem));
+  matching::cuda::forward(args, problem.sorted(), workspace.get(), nullptr);
+}
+
+void matching_backward(const MatchingProblem& problem, uintptr_t grad, uintptr_t out, uintptr_t lse,
+                       uintptr_t grad_query, uintptr_t grad_support, uintptr_t grad_scale,
+                       uintptr_t grad_weight) {
+  const matching::Backward args{problem.get(),  at(grad),         at(out),        at(lse),
+                                at(grad_query), at(grad_support), at(grad_scale), at(grad_weight)};
+  const auto workspace = cuemu::fresh_shared(matching::cuda::backward_workspace(args.problem));
+  matching::cuda::backward(args, problem.sorted(), workspace.get(), nullptr);
+}
+
+template <class scalar_t>
+void convert(int64_t count, uintptr_t from, uintptr_t decoded, uintptr_t values,
+             uintptr_t encoded) {
+  for (int64_t i = 0; i < count; ++i) {
+    at<float>(decoded)[i] = device::to_acc(at<scalar_t>(from)[i]);
+    at<scalar_t>(encoded)[i] = device::from_acc<scalar_t>(at<float>(values)[i]);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTMETA_EMULATION, m) {
+  py::register_exception<cuemu::Error>(m, "Error", PyExc_RuntimeError);
+  py::class_<cuemu::LaunchRecord>(m, "LaunchRecord")
+      .def_readonly("what", &cuemu::LaunchRecord::what)
+      .def_readonly("grid", &cuemu::LaunchRecord::grid)
+      .def_readonly("block", &cuemu::LaunchRecord::block)
+      .def_readonly("shared_bytes", &cuemu::LaunchRecord::shared_bytes)
+      .def_readonly("static_shared_bytes", &cuemu::LaunchRecord::static_shared_bytes);
+  m.def("schedule", [](const std::string& order, uint64_t seed, int64_t max_grid) {
+    cuemu::options() = {order == "forward"   ? cuemu::Order::kForward
+                        : order == "reverse" ? cuemu::Order::kReverse
+                                             : cuemu::Order::kRandom,
+                        seed, max_grid};
+  });
+  m.def("take_launches", [] { return std::exchange(cuemu::launches(), {}); });
+
+  m.def("segment_mean", &mean);
+  m.def("segment_mean_backward", &mean_backward);
+  m.def("sgd", &sgd);
+  m.def("sgd_backward", &sgd_backward);
+  m.def("convert_bfloat16", &convert<bfloat16>);
+  m.def("convert_float16", &convert<float16>);
+
+  py::class_<MatchingProblem>(m, "MatchingProblem")
+      .def(py::init<>())
+#define FASTMETA_FIELD(name) .def_readwrite(#name, &MatchingProblem::name)
+          FASTMETA_FIELD(dtype) FASTMETA_FIELD(similarity) FASTMETA_FIELD(T) FASTMETA_FIELD(Q)
+              FASTMETA_FIELD(S) FASTMETA_FIELD(C) FASTMETA_FIELD(D) FASTMETA_FIELD(query)
+                  FASTMETA_FIELD(support) FASTMETA_FIELD(labels) FASTMETA_FIELD(targets)
+                      FASTMETA_FIELD(scale) FASTMETA_FIELD(weight) FASTMETA_FIELD(order)
+                          FASTMETA_FIELD(class_start) FASTMETA_FIELD(scale_stride)
+                              FASTMETA_FIELD(weight_stride);
+#undef FASTMETA_FIELD
+  m.def("matching_forward", &matching_forward);
+  m.def("matching_backward", &matching_backward);
+}

@@ -1,0 +1,232 @@
+"""Builds the CUDA sources for the host, with the emulator, into a module that the tests drive.
+
+The launchers and kernels are compiled as they are: ``g++ -include cuemu.h`` on the ``.cu`` files.
+Objects are kept in ``build/cuda_emulation`` under a hash of everything that goes into them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import pybind11
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "cuda_emulation"
+
+# Every source with kernels, and the folders whose headers it sees.
+SOURCES = {
+    CSRC / "segment" / "segment_mean_cuda.cu": ("segment",),
+    CSRC / "update" / "sgd_update_cuda.cu": ("update",),
+    **(
+        {CSRC / "matching" / "matching_attention_cuda.cu": ("matching",)}
+        if (CSRC / "matching" / "matching_attention_cuda.cu").exists()
+        else {}
+    ),
+    HERE / "bindings.cpp": ("segment", "update", "matching"),
+}
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Kernels may contract a * b + c as nvcc does; -O1 compiles in half the time of -O2.
+OPTIMISE = ["-O1"]
+SANITIZE = {
+    "": [],
+    "address": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+
+
+def compile_emulation(
+    sources: dict[Path, tuple[str, ...]] | None = None,
+    *,
+    name: str = "fastmeta_emulation",
+    defines: tuple[str, ...] = (),
+    sanitize: str = "",
+) -> Path:
+    """Return the path of the built module, compiling what has changed.
+
+    Args:
+        sources: Files to compile and the folders of ``csrc`` they depend on; default all.
+        name: Module name.
+        defines: Macros, ``NAME`` or ``NAME=value``, seen by every source.
+        sanitize: ``""`` or ``"address"`` (AddressSanitizer and UndefinedBehaviorSanitizer).
+
+    Raises:
+        RuntimeError: A compiler is missing or failed; the message holds its output.
+    """
+    sources = SOURCES if sources is None else sources
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(
+            f"the CUDA emulation tests need a C++20 compiler and found no {compiler[0]!r}: "
+            "install g++ or set CXX"
+        )
+    includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    base = [*compiler, *FLAGS, *OPTIMISE, *SANITIZE[sanitize], *(f"-I{i}" for i in includes)]
+    base += [f"-D{define}" for define in (*defines, f"FASTMETA_EMULATION={name}")]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            objects = list(pool.map(lambda item: _object(base, *item), sources.items()))
+        digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+        folder = BUILD / digest
+        module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not module.exists():
+            folder.mkdir(exist_ok=True)
+            part = module.with_suffix(".part")
+            _run([*compiler, *SANITIZE[sanitize], "-shared", *map(str, objects), "-o", str(part)])
+            part.rename(module)
+    return module
+
+
+def _object(base: list[str], source: Path, folders: tuple[str, ...]) -> Path:
+    headers = [h for folder in ("common", *folders) for h in (CSRC / folder).iterdir()]
+    inputs = [source, *sorted(HERE.glob("*.h"))]
+    inputs += sorted(h for h in headers if h.suffix in {".h", ".cuh"})
+    digest = hashlib.sha256(" ".join(base).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not target.exists():
+        part = target.with_suffix(".part")
+        language = ["-x", "c++", "-include", "cuemu.h"]
+        _run([*base, *language, "-c", str(source), "-o", str(part)])
+        part.rename(target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import the extension module at ``path``."""
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCALARS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+GUARD = 64  # bytes on both sides of every array
+
+
+class Array:
+    """Memory of one kernel argument, with guard zones, at a chosen alignment.
+
+    Outputs start as NaN bytes, so that what a kernel leaves unwritten shows; writes beside the
+    array show in :meth:`read`, which checks the guard zones.
+    """
+
+    def __init__(self, like: torch.Tensor, *, fill: bool, offset: int = 0) -> None:
+        self.like = like
+        self.size = like.numel() * like.element_size()
+        self.buffer: npt.NDArray[np.uint8] = np.full(self.size + 4 * GUARD, 0xFF, np.uint8)
+        start = -self.buffer.ctypes.data % GUARD + GUARD + offset * like.element_size()
+        self.start = start
+        self.address = self.buffer.ctypes.data + start
+        self.buffer[:start] = 0xA5
+        self.buffer[start + self.size :] = 0xA5
+        if fill and self.size:
+            raw = like.detach().contiguous().view(torch.uint8).numpy()
+            self.buffer[start : start + self.size] = raw.reshape(-1)
+
+    def read(self) -> torch.Tensor:
+        """Return the contents as a tensor of the array's dtype and shape."""
+        end = self.start + self.size
+        assert (self.buffer[: self.start] == 0xA5).all(), "written before the array"
+        assert (self.buffer[end:] == 0xA5).all(), "written past the array"
+        if self.size == 0:
+            return torch.empty_like(self.like)
+        raw = torch.from_numpy(self.buffer[self.start : end].copy())
+        return raw.view(self.like.dtype).reshape(self.like.shape)
+
+
+class Emulation:
+    """The module and its arrays: what the tests of every op share."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def schedule(self, seed: int = 0, order: str = "random", max_grid: int = 2**31 - 1) -> None:
+        """Set the order of threads and blocks, and the most blocks that a launch gets."""
+        self.module.schedule(order, seed, max_grid)
+
+    def input(self, tensor: torch.Tensor, offset: int = 0) -> Array:
+        """Return an argument that holds ``tensor``, ``offset`` elements past 64-byte alignment."""
+        return Array(tensor, fill=True, offset=offset)
+
+    def output(self, *shape: int, dtype: torch.dtype, offset: int = 0) -> Array:
+        """Return an argument to be written, NaN until then."""
+        return Array(torch.empty(shape, dtype=dtype), fill=False, offset=offset)
+
+    @staticmethod
+    def check(
+        got: torch.Tensor, truth: torch.Tensor, peer: torch.Tensor, magnitude: float = 0.0
+    ) -> None:
+        """Assert that ``got`` errs at most twice as much as ``peer``, and a rounding of its dtype.
+
+        Args:
+            got: What the kernel wrote.
+            truth: The definition, in float64.
+            peer: The definition in the kernel's accumulation type, by PyTorch. In float64 it is the
+                truth, whose own rounding is then allowed for: 64 units in the last place.
+            magnitude: Of sums that cancel: the sum of the terms' absolute values.
+        """
+        assert got.shape == truth.shape
+        finite = torch.isfinite(truth)
+        assert torch.equal(got.double()[~finite], truth[~finite]), "infinities differ"
+        if not finite.any():
+            return
+        error = (got.double() - truth)[finite].abs().nan_to_num(float("inf"))
+        peer_error = (peer.double() - truth)[finite].abs().max().item()
+        scale = truth[finite].abs()
+        acc = torch.float64 if got.dtype == torch.float64 else torch.float32
+        units = 64 if acc == torch.float64 else 4
+        rounding = torch.finfo(acc).eps * max(units * scale.max().item(), units * magnitude / 4)
+        rounding += torch.finfo(got.dtype).eps * scale + torch.finfo(got.dtype).tiny
+        worst = (error - rounding).max().item()
+        assert worst <= 2 * peer_error, f"error {error.max().item()}, peer's {peer_error}"
+
+    def launches(self) -> list:
+        """Return the launches since the last call."""
+        return self.module.take_launches()
+
+
+@pytest.fixture(scope="session")
+def emulation_module() -> ModuleType:
+    """The compiled sources; under ``FASTMETA_EMULATION_SANITIZE=address`` with sanitizers."""
+    sanitize = os.environ.get("FASTMETA_EMULATION_SANITIZE", "")
+    return load_module(compile_emulation(sanitize=sanitize))
+
+
+@pytest.fixture
+def emulation(emulation_module: ModuleType) -> Emulation:
+    """The emulator at its default schedule, with no launches recorded."""
+    emulation = Emulation(emulation_module)
+    emulation.schedule()
+    emulation.launches()
+    return emulation
