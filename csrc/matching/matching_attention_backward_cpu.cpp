@@ -15,7 +15,7 @@
 // on shapes only, so results do not depend on the number of threads. Sums over supports have three
 // levels: block, chunk, all.
 #include "matching/matching_attention.h"
-#include "matching/matching_cpu_plan.h"
+#include "matching/matching_cpu_gradient.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
@@ -39,391 +39,290 @@ struct Plan {
 };
 
 template <class A>
-struct Panel {
-  int vectors, count;
-  int64_t query;
-  A* packed;
-  A* terms;
-  A *off,
-      *amplitude;  // attention: [classes of the job, lanes]; nll: [2, lanes]: other classes, target
-  A* own;          // per lane, what the query's own vector receives (negative)
-  IntVec<A>* targets;
-  const A** rows;  // query rows in accumulation type
-  A** grad;        // gradient rows
-};
-
-// Rows [0, count) of src ([.., C]) at classes [c, c + n) into dst[class][lane].
-template <class A>
-void load_classes(const A* src, int64_t classes, int count, int lanes, int64_t c, int64_t n,
-                  A* dst) {
-  pack_transposed(src + c, classes, n, count, lanes, dst);
-}
-
-// out[lane] = sum of grad over the classes with support.
-template <class A>
-void sum_gradients(const A* grad, const int64_t* start, int64_t classes, int count, int lanes,
-                   A* out) {
-  constexpr int kW = kWidth<A>;
-  alignas(64) A block[kW * kMaxVectors * kW];
-  for (int l = 0; l < lanes; ++l) out[l] = 0;
-  for (int64_t c = 0; c < classes; c += kW) {
-    const int64_t n = min_of<int64_t>(kW, classes - c);
-    load_classes<A>(grad, classes, count, lanes, c, n, block);
-    for (int l = 0; l < lanes; l += kW) {
-      Vec<A> sum{};
-      for (int64_t k = 0; k < n; ++k) {
-        if (start[c + k] < start[c + k + 1]) sum += load(block + k * lanes + l);
-      }
-      store(out + l, load(out + l) + sum);
-    }
-  }
-}
-
-// off and amplitude of classes [c0, c1) for a panel.
-template <class A>
-void class_tables(const A* grad, const A* out, const A* lse, const A* grad_sum, int64_t classes,
-                  int64_t c0, int64_t c1, int count, int lanes, A* off, A* amplitude) {
-  constexpr int kW = kWidth<A>;
-  load_classes<A>(out, classes, count, lanes, c0, c1 - c0, off);
-  load_classes<A>(grad, classes, count, lanes, c0, c1 - c0, amplitude);
-  for (int l = 0; l < lanes; l += kW) {
-    const int n = max_of(0, min_of(kW, count - l));
-    const Vec<A> base = n > 0 ? load_n(lse + l, n) : Vec<A>{};
-    Vec<A> live{};
-    for (int k = 0; k < n; ++k) live[k] = 1;
-    const Vec<A> sum = load(grad_sum + l);
-    for (int64_t k = 0; k < c1 - c0; ++k) {
-      A *o = off + k * lanes + l, *a = amplitude + k * lanes + l;
-      const Vec<A> logp = load(o);
-      const Vec<A> x = load(a) - vexp<A>(logp) * sum;
-      // A class of probability 0 takes no gradient, and lanes past the queries weigh nothing.
-      const Vec<A> zero{}, infinity = splat<A>(Const<A>::kInfinity);
-      const Vec<A> o2 = (base + logp) * Const<A>::kLog2e;
-      store(a, logp == -infinity ? zero : (live > A(0) ? x : zero));
-      store(o, logp == -infinity ? infinity : (live > A(0) ? o2 : infinity));
-    }
-  }
-}
-
-// nll: dL/dz = g * p for the classes other than the target's, and -g (1 - P) * w for the target's.
-template <class A>
-void target_tables(const A* grad, const A* nll, const A* lse, const int64_t* targets,
-                   int64_t classes, int count, int lanes, A* off, A* amplitude) {
-  for (int l = 0; l < lanes; ++l) {
-    off[l] = off[lanes + l] = Const<A>::kInfinity;
-    amplitude[l] = amplitude[lanes + l] = 0;
-    if (l >= count || static_cast<uint64_t>(targets[l]) >= static_cast<uint64_t>(classes)) continue;
-    if (nll[l] == Const<A>::kInfinity) continue;
-    off[l] = lse[l] * Const<A>::kLog2e;
-    off[lanes + l] = (lse[l] - nll[l]) * Const<A>::kLog2e;
-    amplitude[l] = grad[l];
-    amplitude[lanes + l] = grad[l] * static_cast<A>(__builtin_expm1(-static_cast<double>(nll[l])));
-  }
-}
-
-// Turns similarities into coefficients of the gradients, in place, for sorted supports
-// [begin, begin + n). row_own[r] (a vector) collects what support r's own vector receives.
-// Returns sum dz * similarity.
-template <class A, Similarity kSim, int NV>
-double coefficients(const Panel<A>& x, const int64_t* start, int64_t first_class,
-                    int64_t table_class, bool nll, int64_t begin, int64_t n, const A* terms,
-                    A scale, A* tile, Vec<A>* row_own) {
-  constexpr int kW = kWidth<A>, kL = NV * kW;
-  constexpr bool kOwn = kSim == Similarity::kCosine || kSim == Similarity::kSqEuclidean;
-  const A factor = scale * Const<A>::kLog2e;
-  Vec<A> own[NV] = {}, lane[NV] = {}, scale_sum[NV] = {};
-  if constexpr (kSim == Similarity::kCosine) {
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) lane[v] = load(x.terms + v * kW);
-  }
-  int64_t c = first_class;
-  for (int64_t i = begin; i < begin + n; ++c) {
-    const int64_t end = min_of(start[c + 1], begin + n);
-    if (end <= i) continue;
-    Vec<A> off[NV], amplitude[NV];
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      if (nll) {
-        const IntVec<A> id = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(c);
-        const auto hit = x.targets[v] == id;
-        off[v] = hit ? load(x.off + kL + v * kW) : load(x.off + v * kW);
-        amplitude[v] = hit ? load(x.amplitude + kL + v * kW) : load(x.amplitude + v * kW);
-      } else {
-        off[v] = load(x.off + (c - table_class) * kL + v * kW);
-        amplitude[v] = load(x.amplitude + (c - table_class) * kL + v * kW);
-      }
-    }
-    for (; i < end; ++i) {
-      A* t = tile + (i - begin) * kL;
-      Vec<A> row{};
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<A> sim = load(t + v * kW);
-        const Vec<A> dz = vexp2<A>(sim * factor - off[v]) * amplitude[v];
-        scale_sum[v] += dz * sim;
-        Vec<A> g = dz * scale;
-        if constexpr (kSim == Similarity::kCosine) {
-          const Vec<A> along = g * sim;
-          own[v] += along;
-          row += along;
-          g *= lane[v] * terms[i - begin];
-        } else if constexpr (kSim == Similarity::kSqEuclidean) {
-          g += g;
-          own[v] += g;
-          row += g;
-        } else if constexpr (kSim == Similarity::kEuclidean) {
-          const Vec<A> zero{};
-          g = sim == A(0) ? zero : g / -sim;
-        }
-        store(t + v * kW, g);
-      }
-      if constexpr (kOwn) row_own[i - begin] += row;
-    }
-  }
-  Vec<A> total{};
-  FASTMETA_UNROLL
-  for (int v = 0; v < NV; ++v) {
-    total += scale_sum[v];
-    if constexpr (kOwn) store(x.own + v * kW, load(x.own + v * kW) + own[v]);
-  }
-  return static_cast<double>(hsum<A>(total));
-}
-
-template <class A, int NV>
-double coefficients_of(Similarity similarity, const Panel<A>& x, const int64_t* start,
-                       int64_t first_class, int64_t table_class, bool nll, int64_t begin, int64_t n,
-                       const A* terms, A scale, A* tile, Vec<A>* row_own) {
-  switch (similarity) {
-#define FASTMETA_CASE(name)                                                                      \
-  case Similarity::name:                                                                         \
-    return coefficients<A, Similarity::name, NV>(x, start, first_class, table_class, nll, begin, \
-                                                 n, terms, scale, tile, row_own);
-    FASTMETA_CASE(kDot)
-    FASTMETA_CASE(kCosine)
-    FASTMETA_CASE(kSqEuclidean)
-    FASTMETA_CASE(kEuclidean)
-    FASTMETA_CASE(kAdditive)
-#undef FASTMETA_CASE
-  }
-  return 0;
-}
-
-template <class A>
 void zero_row(A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = A{};
 }
 
+// A job under way: the memory it works in and where its gradients go.
 template <class S>
-void run_job(const Plan& plan, int64_t index) {
+struct Job {
   using A = Acc<S>;
-  constexpr int kW = kWidth<A>, kMaxLanes = kMaxVectors * kW;
-  const Backward& args = *plan.args;
-  const Problem& p = args.problem;
-  const bool nll = p.targets != nullptr, additive = p.similarity == Similarity::kAdditive;
-  const int64_t t = index / plan.chunks, k = index % plan.chunks;
-  const int64_t supports = p.num_supports, classes = p.num_classes, dim = p.dim;
-  const Panels<A> panels(p.num_queries);
-  const bool whole = plan.chunks == 1, by_query = !whole && plan.split_queries;
-  const int64_t first = by_query ? panels.count * k / plan.chunks : 0;
-  const int64_t last = by_query ? panels.count * (k + 1) / plan.chunks : panels.count;
-  const int64_t lane0 = panels.begin(first), lanes = panels.begin(last) - lane0;
-  const int64_t rows = block_rows<A>(supports, dim);
-  Scratch& scratch = job_scratch;
-  const Task<S> task(p, t);
-  const int64_t *order = plan.order + t * supports, *start = plan.start + t * (classes + 1);
+  static constexpr int kW = kWidth<A>, kMaxLanes = kMaxVectors * kW;
 
-  // Sorted supports of this job and the classes they span. Tables are sized for all classes when
-  // the sorting is this job's own.
-  int64_t begin = 0, end = 0, c0 = 0, c1 = classes;
-  if (!whole) {
-    const int64_t valid = start[classes];
-    begin = by_query ? 0 : valid * k / plan.chunks;
-    end = by_query ? valid : valid * (k + 1) / plan.chunks;
-    while (c0 < classes && start[c0 + 1] <= begin) ++c0;
-    while (c1 > c0 && start[c1 - 1] >= end) --c1;
-  }
-  const int64_t table = nll ? 2 : c1 - c0;
-  const bool query_scratch = kIsHalf<S>;
-  const bool dq_private = !whole && !by_query;
-  scratch.reset(
-      (whole ? Scratch::size_of<int64_t>(supports) + Scratch::size_of<int64_t>(classes + 1) : 0) +
-      Scratch::size_of<Panel<A>>(last - first) + Block<S>::bytes(rows, dim) +
-      Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(lanes * dim) +
-      Scratch::size_of<A>(lanes * (2 + 2 * table)) + Scratch::size_of<A>(kMaxLanes) +
-      Scratch::size_of<IntVec<A>>(lanes / kW) + Scratch::size_of<Vec<A>>(rows) +
-      2 * Scratch::size_of<A*>(lanes) + 2 * Scratch::size_of<A*>(rows) +
-      (query_scratch ? 2 * Scratch::size_of<A>(lanes * dim) + Scratch::size_of<A>(rows * dim) : 0) +
-      (additive ? Scratch::size_of<A>(dim) : 0));
-  if (whole) {
-    int64_t* own_order = scratch.take<int64_t>(supports);
-    int64_t* own_start = scratch.take<int64_t>(classes + 1);
-    end = sort_by_class(task.labels, supports, classes, own_order, own_start);
-    order = own_order;
-    start = own_start;
-  }
-  Panel<A>* panel = scratch.take<Panel<A>>(last - first);
+  const Plan& plan;
+  const Backward& args;
+  const Problem& p;
+  const Task<S> task;
+  const int64_t t, k;  // task and chunk
+  const bool nll, additive, whole, by_query;
+  const Panels<A> panels;
+  int64_t first, last;  // panels
+  const int64_t *order, *start;
+  int64_t begin, end, c0, c1;  // sorted supports and the classes they span
+
+  // Few supports stay in the cache while panel after panel passes by them; many are taken block by
+  // block past all panels.
+  bool resident;
+  int64_t group, group_lanes;  // panels at a time
+  int64_t rows;                // supports per block
   Block<S> block;
-  block.allocate(scratch, rows, dim);
-  A* tile = scratch.take<A>(rows * kMaxLanes);
-  A* packed = scratch.take<A>(lanes * dim);
-  A* arrays = scratch.take<A>(lanes * (2 + 2 * table));
-  A* grad_sum = scratch.take<A>(kMaxLanes);
-  IntVec<A>* targets = scratch.take<IntVec<A>>(lanes / kW);
-  Vec<A>* row_own = scratch.take<Vec<A>>(rows);
-  const A** query_rows = scratch.take<const A*>(lanes);
-  A** grad_query_rows = scratch.take<A*>(lanes);
-  A** grad_support_rows = scratch.take<A*>(rows);
-  A* converted = query_scratch ? scratch.take<A>(lanes * dim) : nullptr;
-  A* grad_converted = query_scratch ? scratch.take<A>(lanes * dim) : nullptr;
-  A* support_converted = query_scratch ? scratch.take<A>(rows * dim) : nullptr;
-  A* weight_gradient = additive ? scratch.take<A>(dim) : nullptr;
-  if (additive) zero_row(weight_gradient, dim);
+  GradientPanel<A>* panel;
+  A *tile, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies, *grad_support_copies;
+  A* grad_weight;
+  A* partial;
+  IntVec<A>* targets;
+  Vec<A>* row_own;
+  const A** query_rows;
+  A **grad_query_rows, **grad_support_rows;
 
-  // Where gradients go: the caller's arrays, a private partial, or converted rows.
-  S* grad_query = static_cast<S*>(args.grad_query) + (t * p.num_queries + lane0) * dim;
-  S* grad_support = static_cast<S*>(args.grad_support) + t * supports * dim;
-  A* partial = whole ? nullptr
-                     : static_cast<A*>(plan.partial) +
-                           (t * plan.chunks + k) * (by_query ? supports : p.num_queries) * dim;
-  const auto query_target = [&](int64_t q) -> A* {
-    if (dq_private) return partial + q * dim;
-    if constexpr (kIsHalf<S>) {
-      return grad_converted + q * dim;
-    } else {
-      return grad_query + q * dim;
+  Job(const Plan& plan_, int64_t index)
+      : plan(plan_),
+        args(*plan_.args),
+        p(args.problem),
+        task(p, index / plan_.chunks),
+        t(index / plan_.chunks),
+        k(index % plan_.chunks),
+        nll(p.targets != nullptr),
+        additive(p.similarity == Similarity::kAdditive),
+        whole(plan_.chunks == 1),
+        by_query(!whole && plan_.split_queries),
+        panels(p.num_queries) {
+    first = by_query ? panels.count * k / plan.chunks : 0;
+    last = by_query ? panels.count * (k + 1) / plan.chunks : panels.count;
+    order = plan.order + t * p.num_supports;
+    start = plan.start + t * (p.num_classes + 1);
+    begin = 0, end = p.num_supports, c0 = 0, c1 = p.num_classes;
+    if (!whole) {
+      const int64_t valid = start[p.num_classes];
+      begin = by_query ? 0 : valid * k / plan.chunks;
+      end = by_query ? valid : valid * (k + 1) / plan.chunks;
+      while (c0 < p.num_classes && start[c0 + 1] <= begin) ++c0;
+      while (c1 > c0 && start[c1 - 1] >= end) --c1;
     }
-  };
-  const A* grad = static_cast<const A*>(args.grad) + t * p.num_queries * (nll ? 1 : classes);
-  const A* out = static_cast<const A*>(args.out) + t * p.num_queries * (nll ? 1 : classes);
-  const A* lse = static_cast<const A*>(args.lse) + t * p.num_queries;
-  for (int64_t i = first; i < last; ++i) {
-    Panel<A>& x = panel[i - first];
+    rows = block_rows<A>(p.num_supports, p.dim);
+    resident = (end - begin) * p.dim * static_cast<int64_t>(sizeof(A)) <= kResidentBytes;
+    group = resident ? 1 : last - first;
+    group_lanes = resident ? kMaxLanes : panels.begin(last) - panels.begin(first);
+    allocate(job_scratch);
+    if (additive) zero_row(grad_weight, p.dim);
+    partial = whole ? nullptr
+                    : static_cast<A*>(plan.partial) +
+                          index * (by_query ? p.num_supports : p.num_queries) * p.dim;
+  }
+
+  void allocate(Scratch& scratch) {
+    const int64_t capacity = resident ? end - begin : rows, dim = p.dim;
+    const int64_t tables = 2 + 2 * (nll ? 2 : c1 - c0), stride = copy_stride<S>(dim);
+    const int64_t query_copied = copies_rows<S>(dim) ? group_lanes * stride : 0;
+    const int64_t half_rows = kIsHalf<S> ? group_lanes * dim : 0;
+    const int64_t half_supports = kIsHalf<S> ? capacity * dim : 0;
+    const int64_t own_rows = whole ? p.num_supports : 0,
+                  own_classes = whole ? p.num_classes + 1 : 0;
+    scratch.reset(Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
+                  Scratch::size_of<GradientPanel<A>>(group) + Block<S>::bytes(capacity, dim) +
+                  Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(group_lanes * dim) +
+                  Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
+                  Scratch::size_of<A>(query_copied) + Scratch::size_of<A>(half_rows) +
+                  Scratch::size_of<A>(half_supports) + Scratch::size_of<A>(additive ? dim : 0) +
+                  Scratch::size_of<IntVec<A>>(group_lanes / kW) +
+                  Scratch::size_of<Vec<A>>(capacity) + 2 * Scratch::size_of<A*>(group_lanes) +
+                  Scratch::size_of<A*>(capacity));
+    if (whole) {
+      int64_t* own_order = scratch.take<int64_t>(own_rows);
+      int64_t* own_start = scratch.take<int64_t>(own_classes);
+      end = sort_by_class(task.labels, p.num_supports, p.num_classes, own_order, own_start);
+      order = own_order;
+      start = own_start;
+    }
+    panel = scratch.take<GradientPanel<A>>(group);
+    block.allocate(scratch, capacity, dim);
+    tile = scratch.take<A>(rows * kMaxLanes);
+    packed = scratch.take<A>(group_lanes * dim);
+    arrays = scratch.take<A>(group_lanes * tables);
+    grad_sum = scratch.take<A>(kMaxLanes);
+    query_copies = scratch.take<A>(query_copied);
+    grad_query_copies = scratch.take<A>(half_rows);
+    grad_support_copies = scratch.take<A>(half_supports);
+    grad_weight = scratch.take<A>(additive ? dim : 0);
+    targets = scratch.take<IntVec<A>>(group_lanes / kW);
+    row_own = scratch.take<Vec<A>>(capacity);
+    query_rows = scratch.take<const A*>(group_lanes);
+    grad_query_rows = scratch.take<A*>(group_lanes);
+    grad_support_rows = scratch.take<A*>(capacity);
+  }
+
+  // Makes ready panel i of the group that begins at panel g.
+  void open_panel(int64_t i, int64_t g) {
+    const int64_t classes = p.num_classes, dim = p.dim;
+    const int64_t at = panels.begin(i) - panels.begin(g), tables = nll ? 2 : c1 - c0;
+    GradientPanel<A>& x = panel[i - g];
     x.vectors = panels.vectors_in(i);
-    const int width = x.vectors * kW;
     x.query = panels.begin(i);
-    const int64_t at = x.query - lane0;
+    const int width = x.vectors * kW;
     x.count = static_cast<int>(min_of<int64_t>(width, p.num_queries - x.query));
     x.packed = packed + at * dim;
-    x.terms = arrays;
-    x.own = arrays + width;
-    x.off = arrays + 2 * width;
-    x.amplitude = x.off + table * width;
-    arrays = x.amplitude + table * width;
+    x.terms = arrays + at * (2 + 2 * tables);
+    x.own = x.terms + width;
+    x.off = x.own + width;
+    x.amplitude = x.off + tables * width;
     x.targets = targets + at / kW;
     x.rows = query_rows + at;
     x.grad = grad_query_rows + at;
     const S* query = task.query + x.query * dim;
     for (int l = 0; l < width; ++l) x.own[l] = 0;
     for (int l = 0; l < x.count; ++l) {
-      if constexpr (kIsHalf<S>) {
-        convert_row(query + l * dim, dim, converted + (at + l) * dim);
-        x.rows[l] = converted + (at + l) * dim;
-      } else {
+      if (copies_rows<S>(dim)) {
+        A* to = query_copies + (at + l) * copy_stride<S>(dim);
+        convert_row(query + l * dim, dim, to);
+        x.rows[l] = to;
+      } else if constexpr (!kIsHalf<S>) {
         x.rows[l] = query + l * dim;
       }
-      x.grad[l] = query_target(at + l);
+      if (!whole && !by_query) {
+        x.grad[l] = partial + (x.query + l) * dim;
+      } else if constexpr (kIsHalf<S>) {
+        x.grad[l] = grad_query_copies + (at + l) * dim;
+      } else {
+        x.grad[l] = static_cast<A*>(args.grad_query) + (t * p.num_queries + x.query + l) * dim;
+      }
       if (begin == end) zero_row(x.grad[l], dim);
     }
     pack_panel(p, query, x.count, width, x.packed, x.terms);
+    const int64_t row = t * p.num_queries + x.query;
+    const A* grad = static_cast<const A*>(args.grad) + row * (nll ? 1 : classes);
+    const A* out = static_cast<const A*>(args.out) + row * (nll ? 1 : classes);
+    const A* lse = static_cast<const A*>(args.lse) + row;
     if (nll) {
-      load_targets<A>(task.targets + x.query, classes, x.count, width, x.targets);
-      target_tables<A>(grad + x.query, out + x.query, lse + x.query, task.targets + x.query,
-                       classes, x.count, width, x.off, x.amplitude);
+      const int64_t* wanted = task.targets + x.query;
+      load_targets<A>(wanted, classes, x.count, width, x.targets);
+      target_tables<A>(grad, out, lse, wanted, classes, x.count, width, x.off, x.amplitude);
+      return;
+    }
+    const A* sums = grad_sum;
+    if (plan.grad_sum != nullptr) {
+      sums = static_cast<const A*>(plan.grad_sum) + t * panels.lanes() + x.query;
     } else {
-      const A* sums = grad_sum;
-      if (plan.grad_sum != nullptr) {
-        sums = static_cast<const A*>(plan.grad_sum) + t * panels.lanes() + x.query;
-      } else {
-        sum_gradients<A>(grad + x.query * classes, start, classes, x.count, width, grad_sum);
+      sum_gradients<A>(grad, start, classes, x.count, width, grad_sum);
+    }
+    class_tables<A>(grad, out, lse, sums, classes, c0, c1, x.count, width, x.off, x.amplitude);
+  }
+
+  void close_panel(const GradientPanel<A>& x) {
+    for (int l = 0; l < x.count; ++l) {
+      if (needs_norms(p.similarity) && begin < end) {
+        const A square = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
+        add_scaled(x.grad[l], -x.own[l] * square, x.rows[l], p.dim);
       }
-      class_tables<A>(grad + x.query * classes, out + x.query * classes, lse + x.query, sums,
-                      classes, c0, c1, x.count, width, x.off, x.amplitude);
+      if constexpr (kIsHalf<S>) {
+        S* out = static_cast<S*>(args.grad_query) + (t * p.num_queries + x.query + l) * p.dim;
+        if (whole || by_query) store_row(x.grad[l], p.dim, out);
+      }
     }
   }
 
-  double scale_total = 0;
-  int64_t first_class = c0;
-  for (int64_t at = begin; at < end; at += rows) {
-    const int64_t n = min_of(rows, end - at);
-    block.gather(p, task.support, order + at, n);
-    while (start[first_class + 1] <= at) ++first_class;
+  // Supports [at, at + n) in slots [slot, slot + n).
+  void open_block(int64_t at, int64_t n, int64_t slot) {
+    block.gather(p, task.support, order + at, n, slot);
     for (int64_t r = 0; r < n; ++r) {
-      row_own[r] = Vec<A>{};
+      row_own[slot + r] = Vec<A>{};
+      const int64_t row = order[at + r];
       if (by_query) {
-        grad_support_rows[r] = partial + order[at + r] * dim;
+        grad_support_rows[slot + r] = partial + row * p.dim;
       } else if constexpr (kIsHalf<S>) {
-        grad_support_rows[r] = support_converted + r * dim;
+        grad_support_rows[slot + r] = grad_support_copies + (slot + r) * p.dim;
       } else {
-        grad_support_rows[r] = grad_support + order[at + r] * dim;
+        grad_support_rows[slot + r] =
+            static_cast<A*>(args.grad_support) + (t * p.num_supports + row) * p.dim;
       }
     }
-    for (int64_t i = first; i < last; ++i) {
-      const Panel<A>& x = panel[i - first];
-      const int width = x.vectors * kW;
-      const Finish<A> finish{p.similarity, block.terms,
-                             needs_norms(p.similarity) ? x.terms : nullptr, A(1)};
-      with_vectors(x.vectors, [&](auto nv) {
-        constexpr int kNV = decltype(nv)::value;
-        score_block<A, kNV>(block.rows, n, x.packed, dim, task.weight, finish, tile);
-        scale_total += coefficients_of<A, kNV>(p.similarity, x, start, first_class, c0, nll, at, n,
-                                               block.terms, task.scale, tile, row_own);
-      });
-      const bool add_query = at > begin, add_support = i > first;
-      if (additive) {
-        additive_gradients<A>(tile, width, block.rows, n, x.rows, x.count, dim, task.weight,
-                              grad_support_rows, x.grad, weight_gradient, add_support, add_query);
-        continue;
-      }
-      const Outer<A> to_query{tile, 1, width, block.rows, n, x.rows, x.grad, add_query};
-      const Outer<A> to_support{
-          tile, width, 1, x.rows, x.count, block.rows, grad_support_rows, add_support};
-      if (p.similarity == Similarity::kEuclidean) {
-        outer_product<A, Inner::kDifference>(to_query, x.count, dim);
-        outer_product<A, Inner::kDifference>(to_support, n, dim);
-      } else {
-        outer_product<A, Inner::kProduct>(to_query, x.count, dim);
-        outer_product<A, Inner::kProduct>(to_support, n, dim);
-      }
-    }
+  }
+
+  void close_block(int64_t at, int64_t n) {
     for (int64_t r = 0; r < n; ++r) {
       if (needs_norms(p.similarity)) {
         const A square =
             p.similarity == Similarity::kCosine ? block.terms[r] * block.terms[r] : A(1);
-        add_scaled(grad_support_rows[r], -hsum<A>(row_own[r]) * square, block.rows[r], dim);
+        add_scaled(grad_support_rows[r], -hsum<A>(row_own[r]) * square, block.rows[r], p.dim);
       }
       if constexpr (kIsHalf<S>) {
-        if (!by_query) store_row(grad_support_rows[r], dim, grad_support + order[at + r] * dim);
+        S* out = static_cast<S*>(args.grad_support) + (t * p.num_supports + order[at + r]) * p.dim;
+        if (!by_query) store_row(grad_support_rows[r], p.dim, out);
       }
     }
   }
 
-  for (int64_t i = first; i < last; ++i) {
-    const Panel<A>& x = panel[i - first];
-    for (int l = 0; l < x.count; ++l) {
-      if (needs_norms(p.similarity) && begin < end) {
-        const A square = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
-        add_scaled(x.grad[l], -x.own[l] * square, x.rows[l], dim);
+  // One panel against supports [at, at + n); returns sum dz * similarity.
+  double step(const GradientPanel<A>& x, int64_t at, int64_t n, int64_t slot, int64_t first_class,
+              bool add_query, bool add_support) {
+    const int width = x.vectors * kW;
+    const A* const* supports = block.rows + slot;
+    const A* terms = block.terms + slot;
+    A* const* to = grad_support_rows + slot;
+    const Finish<A> finish{p.similarity, terms, needs_norms(p.similarity) ? x.terms : nullptr,
+                           A(1)};
+    double scale_sum = 0;
+    with_vectors(x.vectors, [&](auto nv) {
+      constexpr int kNV = decltype(nv)::value;
+      score_block<A, kNV>(supports, n, x.packed, p.dim, task.weight, finish, tile);
+      scale_sum = coefficients_of<A, kNV>(p.similarity, x, start, first_class, c0, nll, at, n,
+                                          terms, task.scale, tile, row_own + slot);
+    });
+    if (additive) {
+      additive_gradients<A>(tile, width, supports, n, x.rows, x.count, p.dim, task.weight, to,
+                            x.grad, grad_weight, add_support, add_query);
+      return scale_sum;
+    }
+    const Outer<A> to_query{tile, 1, width, supports, n, x.rows, x.grad, add_query};
+    const Outer<A> to_support{tile, width, 1, x.rows, x.count, supports, to, add_support};
+    if (p.similarity == Similarity::kEuclidean) {
+      outer_product<A, Inner::kDifference>(to_query, x.count, p.dim);
+      outer_product<A, Inner::kDifference>(to_support, n, p.dim);
+    } else {
+      outer_product<A, Inner::kProduct>(to_query, x.count, p.dim);
+      outer_product<A, Inner::kProduct>(to_support, n, p.dim);
+    }
+    return scale_sum;
+  }
+
+  void run(int64_t index) {
+    double scale_total = 0;
+    for (int64_t g = first; g < last; g += group) {
+      const int64_t g_end = min_of(last, g + group);
+      for (int64_t i = g; i < g_end; ++i) open_panel(i, g);
+      int64_t first_class = c0;
+      for (int64_t at = begin; at < end; at += rows) {
+        const int64_t n = min_of(rows, end - at), slot = resident ? at - begin : 0;
+        if (!resident || g == first) open_block(at, n, slot);
+        while (start[first_class + 1] <= at) ++first_class;
+        for (int64_t i = g; i < g_end; ++i) {
+          scale_total += step(panel[i - g], at, n, slot, first_class, at > begin, i > first);
+        }
+        if (!resident) close_block(at, n);
       }
-      if constexpr (kIsHalf<S>) {
-        if (!dq_private) store_row(x.grad[l], dim, grad_query + (x.query - lane0 + l) * dim);
+      for (int64_t i = g; i < g_end; ++i) close_panel(panel[i - g]);
+    }
+    if (resident) close_block(begin, end - begin);
+    if (!by_query && k == 0) {
+      for (int64_t i = 0; i < p.num_supports; ++i) {
+        if (static_cast<uint64_t>(task.labels[i]) < static_cast<uint64_t>(p.num_classes)) continue;
+        zero_row(static_cast<S*>(args.grad_support) + (t * p.num_supports + i) * p.dim, p.dim);
       }
     }
-  }
-  if (!by_query && k == 0) {
-    for (int64_t i = 0; i < supports; ++i) {
-      if (static_cast<uint64_t>(task.labels[i]) >= static_cast<uint64_t>(classes)) {
-        zero_row(grad_support + i * dim, dim);
-      }
+    if (whole) {
+      static_cast<A*>(args.grad_scale)[t] = static_cast<A>(scale_total);
+    } else {
+      plan.scale[index] = scale_total;
+    }
+    if (additive) {
+      A* out = static_cast<A*>(whole ? args.grad_weight : plan.weight);
+      convert_row(grad_weight, p.dim, out + index * p.dim);
     }
   }
-  A* weight_out = static_cast<A*>(args.grad_weight);
-  if (whole) {
-    static_cast<A*>(args.grad_scale)[t] = static_cast<A>(scale_total);
-    if (additive) convert_row(weight_gradient, dim, weight_out + t * dim);
-  } else {
-    plan.scale[index] = scale_total;
-    if (additive) convert_row(weight_gradient, dim, static_cast<A*>(plan.weight) + index * dim);
-  }
+};
+
+template <class S>
+void run_job(const Plan& plan, int64_t index) {
+  Job<S>(plan, index).run(index);
 }
 
 // Adds up the private partials of row `row` of all tasks.

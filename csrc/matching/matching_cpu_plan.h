@@ -47,6 +47,10 @@ constexpr int64_t kSerialWork = int64_t{1} << 19;  // work that another thread i
 constexpr int64_t kJobWork = int64_t{1} << 21;     // least work of a job when tasks are split
 constexpr int64_t kJobs = 32;                      // jobs to aim for when tasks are few
 
+// Supports that stay in the cache while panel after panel passes by them; more are taken block by
+// block past all panels.
+constexpr int64_t kResidentBytes = int64_t{512} << 10;
+
 static inline int64_t jobs_per_task(const Problem& p) {
   if (p.num_tasks >= kJobs / 4) return 1;
   return max_of<int64_t>(1, min_of(kJobs / p.num_tasks, task_work(p) / kJobWork));
@@ -98,36 +102,52 @@ static void pack_panel(const Problem& p, const S* query, int count, int lanes, A
   }
 }
 
-// A block of supports in class order: rows as accumulation type (in place, or converted) and norm
-// terms.
+// Rows are read in place, or copied to rows of this many elements: 16-bit types to convert them,
+// and rows a large power of two apart because they would compete for the same few sets of the L1
+// cache.
+template <class S>
+static bool copies_rows(int64_t dim) {
+  const int64_t bytes = dim * static_cast<int64_t>(sizeof(S));
+  return kIsHalf<S> || (bytes >= 1024 && bytes % 1024 == 0);
+}
+template <class S>
+static int64_t copy_stride(int64_t dim) {
+  return (dim + 15) / 16 * 16 + 16;
+}
+
+// A block of supports in class order: rows in accumulation type and norm terms.
 template <class S>
 struct Block {
   using A = Acc<S>;
   static int64_t bytes(int64_t rows, int64_t dim) {
     return Scratch::size_of<const A*>(rows) + Scratch::size_of<A>(rows) +
-           (kIsHalf<S> ? Scratch::size_of<A>(rows * dim) : 0);
+           (copies_rows<S>(dim) ? Scratch::size_of<A>(rows * copy_stride<S>(dim)) : 0);
   }
   void allocate(Scratch& scratch, int64_t capacity, int64_t dim) {
     rows = scratch.take<const A*>(capacity);
     terms = scratch.take<A>(capacity);
-    converted = kIsHalf<S> ? scratch.take<A>(capacity * dim) : nullptr;
+    copies = copies_rows<S>(dim) ? scratch.take<A>(capacity * copy_stride<S>(dim)) : nullptr;
   }
-  void gather(const Problem& p, const S* support, const int64_t* order, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      const S* from = support + order[r] * p.dim;
-      if constexpr (kIsHalf<S>) {
-        convert_row(from, p.dim, converted + r * p.dim);
-        rows[r] = converted + r * p.dim;
-      } else {
+  // Rows order[0..count) of `support` to slots from `slot` on.
+  void gather(const Problem& p, const S* support, const int64_t* order, int64_t count,
+              int64_t slot) {
+    for (int64_t r = slot; r < slot + count; ++r) {
+      const S* from = support + order[r - slot] * p.dim;
+      if (copies != nullptr) {
+        A* to = copies + r * copy_stride<S>(p.dim);
+        convert_row(from, p.dim, to);
+        rows[r] = to;
+      } else if constexpr (!kIsHalf<S>) {
         rows[r] = from;
       }
-      if (needs_norms(p.similarity))
+      if (needs_norms(p.similarity)) {
         terms[r] = norm_term(p.similarity, squared_norm(rows[r], p.dim));
+      }
     }
   }
   const A** rows;
   A* terms;
-  A* converted;
+  A* copies;
 };
 
 // Labels as lane values: a target outside [0, C) matches no class.
