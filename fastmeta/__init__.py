@@ -10,6 +10,13 @@ from fastmeta.ops import segment_mean as segment_mean
 from fastmeta.ops import sgd_update as sgd_update
 
 from fastmeta import _native as _native  # isort: skip
+from fastmeta import data as data
+from fastmeta import nn as nn
 from fastmeta._version import __version__ as __version__
 from fastmeta.errors import IGNORE_INDEX as IGNORE_INDEX
 from fastmeta.info import backend_info as backend_info
+from fastmeta.maml import MAML as MAML
+from fastmeta.maml import AdaptedTasks as AdaptedTasks
+from fastmeta.matching import MatchingNetwork as MatchingNetwork
+from fastmeta.matching import MatchingNetworks as MatchingNetworks
+from fastmeta.prototypical import PrototypicalNetwork as PrototypicalNetwork

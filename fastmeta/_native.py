@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # before the extension: its libraries carry torch's symbols
 
-__all__ = ["BACKEND", "build_info", "cpu_module", "cuda_module", "cpu_reason", "cuda_reason"]
+__all__ = ["BACKEND", "build_info", "cpu_module", "cpu_reason", "cuda_module", "cuda_reason"]
 
 BACKEND = os.environ.get("FASTMETA_BACKEND", "auto").lower()
 if BACKEND not in ("auto", "native", "reference"):
@@ -64,7 +64,8 @@ if cpu_module is None and BACKEND == "native":
     )
 if cpu_module is None and BACKEND == "auto":
     warnings.warn(
-        f"fastmeta runs on its pure-PyTorch reference (same results, slower): kernels {cpu_reason}. "
+        f"fastmeta runs on its pure-PyTorch reference (same results, slower): kernels "
+        f"{cpu_reason}. "
         "FASTMETA_BACKEND=reference says that this is meant; `fastmeta info` shows more.",
         RuntimeWarning,
         stacklevel=3,

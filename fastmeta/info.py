@@ -21,11 +21,11 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         A dictionary of plain values: ``version``, ``python``, ``torch``, ``platform``, ``threads``;
-        ``backend`` (the ``FASTMETA_BACKEND`` asked for); ``native`` (whether CPU kernels are loaded)
-        and ``native_reason``; ``isa`` (instruction set whose kernels run), ``isa_reason`` and
-        ``isas`` (all that would run here); ``cuda`` (whether CUDA kernels are loaded) and
-        ``cuda_reason``; ``build`` (what the build resolved: compiler, torch, architectures); ``ops``:
-        for each op and each of ``cpu`` and ``cuda``, ``"native"`` or ``"reference"``.
+        ``backend`` (the ``FASTMETA_BACKEND`` asked for); ``native`` (whether CPU kernels are
+        loaded) and ``native_reason``; ``isa`` (instruction set whose kernels run), ``isa_reason``
+        and ``isas`` (all that would run here); ``cuda`` (whether CUDA kernels are loaded) and
+        ``cuda_reason``; ``build`` (what the build resolved: compiler, torch, architectures);
+        ``ops``: for each op and each of ``cpu`` and ``cuda``, ``"native"`` or ``"reference"``.
 
     Example:
         >>> import fastmeta as fm
@@ -79,13 +79,14 @@ def format_info(info: dict[str, Any] | None = None) -> str:
     """`backend_info` as text for people."""
     info = backend_info() if info is None else info
     build = info["build"]
+    cpu_state = "kernels loaded" if info["native"] else "reference"
     cuda_state = "CUDA kernels loaded" if info["cuda"] else "no CUDA kernels"
     lines = [
         f"fastmeta {info['version']}  (Python {info['python']}, torch {info['torch']}, "
         f"{info['platform']}, {info['threads']} threads)",
-        f"  CPU    {'kernels loaded' if info['native'] else 'reference'} ({info['native_reason']}), "
-        f"FASTMETA_BACKEND={info['backend']}",
-        f"  ISA    {info['isa']} ({info['isa_reason']}; available: {', '.join(info['isas']) or 'none'})",
+        f"  CPU    {cpu_state} ({info['native_reason']}), FASTMETA_BACKEND={info['backend']}",
+        f"  ISA    {info['isa']} ({info['isa_reason']}; available: "
+        f"{', '.join(info['isas']) or 'none'})",
         f"  CUDA   {cuda_state} ({info['cuda_reason']})",
     ]
     if build:

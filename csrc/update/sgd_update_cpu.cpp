@@ -174,8 +174,8 @@ void run_step(const Sgd& args, ParallelFor par) {
 
 // ---- backward
 // grad_grad = -lr * grad_out along a row; returns sum grad_out * grad when kSum, and otherwise adds
-// -grad_out * grad to grad_lr (kAdd) or writes it there.
-enum class LrGrad { kSum, kWrite, kAdd };
+// -grad_out * grad to grad_lr (kAdd) or writes it there. With kNone grad is not even read.
+enum class LrGrad { kNone, kSum, kWrite, kAdd };
 template <class S, LrGrad kMode>
 double backward_row(const S* grad_out, bool out_along, const S* grad, bool grad_along,
                     const Acc<S>* lr, bool lr_along, S* grad_grad, Acc<S>* grad_lr, int64_t n) {
@@ -193,7 +193,8 @@ double backward_row(const S* grad_out, bool out_along, const S* grad, bool grad_
         const int m = static_cast<int>(min_of<int64_t>(kW, end - k));
         const Vec<A> go = row_load(grad_out, k, m, out_along);
         const Vec<A> gg = -row_load(lr, k, m, lr_along) * go;
-        Vec<A> product = go * row_load(grad, k, m, grad_along);
+        Vec<A> product = {};
+        if constexpr (kMode != LrGrad::kNone) product = go * row_load(grad, k, m, grad_along);
         if (m == kW) {
           store(grad_grad + k, gg);
         } else {
@@ -203,7 +204,7 @@ double backward_row(const S* grad_out, bool out_along, const S* grad, bool grad_
         }
         if constexpr (kMode == LrGrad::kSum) {
           sum[v] += product;
-        } else {
+        } else if constexpr (kMode != LrGrad::kNone) {
           const Vec<A> before = kMode == LrGrad::kAdd ? load_n(grad_lr + k, m) : Vec<A>{};
           store_n(grad_lr + k, before - product, m);
         }
@@ -247,6 +248,19 @@ void backward_columns(const SgdBackwardTensor& x, const Cutting& cut, const Piec
 }
 
 template <class S>
+void backward_piece_without_lr(const SgdBackwardTensor& x, const Cutting& cut, const Piece& piece) {
+  const bool columns = cut.cut == Cut::kColumns;
+  const bool along = x.lr.element_stride != 0, o = x.grad_out.element_stride != 0;
+  const int64_t last = columns ? cut.tasks : piece.task_end;
+  for (int64_t t = columns ? 0 : piece.task_begin; t < last; ++t) {
+    S* grad_grad = static_cast<S*>(x.grad_grad) + t * cut.elements + piece.begin;
+    backward_row<S, LrGrad::kNone>(at<S>(x.grad_out, t, piece.begin), o, nullptr, false,
+                                   at<Acc<S>>(x.lr, t, piece.begin), along, grad_grad, nullptr,
+                                   piece.end - piece.begin);
+  }
+}
+
+template <class S>
 void backward_piece(const BackwardPlan& plan, int64_t index) {
   using A = Acc<S>;
   const Piece piece = find_piece(plan.cuts, plan.args->num_tensors, index);
@@ -255,6 +269,7 @@ void backward_piece(const BackwardPlan& plan, int64_t index) {
   const bool along = x.lr.element_stride != 0;
   const bool o = x.grad_out.element_stride != 0, g = x.grad.element_stride != 0;
   const int64_t n = piece.end - piece.begin;
+  if (x.grad_lr == nullptr) return backward_piece_without_lr<S>(x, cut, piece);
   if (cut.cut == Cut::kColumns) return backward_columns<S>(x, cut, piece);
   double total = 0;
   for (int64_t t = piece.task_begin; t < piece.task_end; ++t) {
@@ -314,6 +329,7 @@ void run_backward(const SgdBackward& args, ParallelFor par) {
     const SgdBackwardTensor& x = args.tensors[k];
     const Cutting& c = cuts[k];
     A* grad_lr = static_cast<A*>(x.grad_lr);
+    if (grad_lr == nullptr) continue;
     if (x.lr.element_stride != 0) {
       // An [N] rate under no task at all still has a gradient to fill: zero.
       if (x.num_tasks == 0 && x.lr.task_stride == 0) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.errors import check_int_tensor, check_labels, describe, fail, is_tracing
-from fastmeta.ops.matching import _mask_labels
+from fastmeta.ops._matching_inputs import mask_labels
 
 __all__ = ["Episode", "read_episode"]
 
@@ -98,7 +98,7 @@ def read_episode(
     if padded is False and declared:
         fail(ValueError, name, "padded", "None or True with lengths or a mask", "False")
 
-    labels = _mask_labels(name, support_y, lengths, mask, device)
+    labels = mask_labels(name, support_y, lengths, mask, device)
     query_y = None if query_y is None else query_y.long()
     looking = not is_tracing(support_x, support_y) and not _capturing(device)
     bounds = None

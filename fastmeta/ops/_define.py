@@ -14,6 +14,7 @@ under ``torch.func`` transforms and gives forward-mode AD a silent zero:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "OPS", "acc_dtype", "define_op", "fold_tasks"]
+__all__ = ["LIBRARY", "OPS", "Op", "acc_dtype", "define_op", "fold_tasks"]
 
 LIBRARY = torch.library.Library("fastmeta", "DEF")
+
+#: An op as Python calls it: its positional arguments, on the right autograd route.
+Op = Callable[..., Any]
 
 #: Names of all ops defined so far, in order: what ``fastmeta info`` lists.
 OPS: list[str] = []
@@ -41,7 +45,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _flatten(args: Sequence[Any]) -> tuple[tuple[int | None, ...], list[Any]]:
-    """Lists among ``args`` laid out flat; the spec holds their lengths, None for any other value."""
+    """Lists among ``args`` laid out flat; the spec has their lengths, None for other values."""
     spec = tuple(len(a) if isinstance(a, (list, tuple)) else None for a in args)
     flat: list[Any] = []
     for value, length in zip(args, spec, strict=True):
@@ -61,6 +65,20 @@ def _unflatten(spec: tuple[int | None, ...], flat: Sequence[Any]) -> tuple[Any, 
     return tuple(values)
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autocast off: a reference's own products keep the accumulation dtype."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        device = next((a.device.type for a in _flatten(args)[1] if isinstance(a, Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return call
+
+
 def define_op(
     schema: str,
     *,
@@ -69,16 +87,16 @@ def define_op(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
-) -> Callable[..., Any]:
+) -> Op:
     """Define ``fastmeta::<op>`` and return the function that calls it on the right autograd route.
 
     Args:
-        schema: Op schema, ``"name(Tensor a, Tensor[] b, int c) -> Tensor"``; positional arguments only.
+        schema: Op schema, ``"name(Tensor a, Tensor[] b) -> Tensor"``; positional arguments only.
         reference: Pure PyTorch implementation, the fallback on every device.
         fake: Shape function for ``torch.compile`` and ``torch.export``; never reads data.
         setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
         backward: ``(ctx, *grads)``, returns one gradient (or list, or None) an input, computed by
-            differentiable operations; ``ctx.needs_input_grad`` has a list of flags for a list input.
+            differentiable operations; ``ctx.needs_input_grad`` has a list of flags for a list.
         vmap: ``(info, in_dims, *inputs)``, returns ``(output, out_dims)``.
 
     Returns:
@@ -87,12 +105,10 @@ def define_op(
     name = schema.split("(", 1)[0]
     OPS.append(name)
     LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     qualified = f"fastmeta::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        qualified, backward, setup_context=setup_context, lib=LIBRARY
-    )
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     raw = getattr(torch.ops.fastmeta, name).default
 
@@ -188,7 +204,7 @@ class _StructuredContext:
 def fold_tasks(call: Callable[..., Any]) -> Callable[..., Any]:
     """Vmap rule of ops whose tensors all lead with the task dimension: the mapped dim joins it.
 
-    A tensor argument has T rows, or one that serves all tasks (a shared ``scale``); every output has T.
+    A tensor argument has T rows, or one that serves all tasks (a shared ``scale``); outputs have T.
     """
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:

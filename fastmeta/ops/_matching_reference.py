@@ -31,7 +31,9 @@ def _inverse_distance(difference: Tensor) -> Tensor:
     return _inverse_norm(difference).squeeze(-1)
 
 
-def similarity_matrix(query: Tensor, support: Tensor, similarity: str, weight: Tensor | None) -> Tensor:
+def similarity_matrix(
+    query: Tensor, support: Tensor, similarity: str, weight: Tensor | None
+) -> Tensor:
     """Similarity of all pairs, unscaled. -> [T, Q, S]."""
     if similarity == "dot":
         return query @ support.mT
@@ -103,21 +105,25 @@ def _scores(
     top = class_lse.detach().amax(-1, keepdim=True)
     top = torch.where(top == _NEG_INF, 0, top)
     total = torch.exp(class_lse - top).sum(-1)
-    lse = torch.where(total == 0, _NEG_INF, torch.where(total == 0, 1, total).log() + top.squeeze(-1))
-    per_item = torch.where(index == num_classes, 1, torch.nn.functional.pad(sums, (0, 1)).gather(2, index))
+    lse = torch.where(
+        total == 0, _NEG_INF, torch.where(total == 0, 1, total).log() + top.squeeze(-1)
+    )
+    per_item = torch.where(
+        index == num_classes, 1, torch.nn.functional.pad(sums, (0, 1)).gather(2, index)
+    )
     w = torch.where(index == num_classes, 0, exps / per_item)
     return sims, w, index, class_lse, lse
 
 
 def _log_probs(class_lse: Tensor, lse: Tensor) -> Tensor:
-    """class lse - lse, -inf where the class is empty even if the whole task is."""
+    """Class lse - lse, -inf where the class is empty even if the whole task is."""
     return torch.where(class_lse == _NEG_INF, _NEG_INF, class_lse - lse.unsqueeze(-1))
 
 
 def _prepare(
     query: Tensor, support: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs in the accumulation dtype; padded supports as zeros, so that what they hold is unseen."""
+    """Inputs in the accumulation dtype; padded supports as zeros, so that none sees them."""
     valid = ((labels >= 0) & (labels < num_classes)).unsqueeze(-1)
     acc = acc_dtype(query.dtype)
     return query.to(acc), torch.where(valid, support.to(acc), 0)
@@ -132,7 +138,7 @@ def attention(
     num_classes: int,
     similarity: str,
 ) -> tuple[Tensor, Tensor]:
-    """Reference of ``matching_attention``: (logp [T, Q, C], lse [T, Q]) in the accumulation dtype."""
+    """Reference of ``matching_attention``: logp [T, Q, C], lse [T, Q], as accumulated."""
     query, support = _prepare(query, support, labels, num_classes)
     if support.shape[1] == 0:
         shape = (*query.shape[:2], num_classes)

@@ -1,29 +1,22 @@
 """Ops ``matching_attention`` and ``matching_nll``: softmax attention over a labelled support set.
 
-Sections: public functions, checks, schema and derivative rules of each op. The reference is in
-``_matching_reference.py``, the kernels in ``csrc/matching/``.
+Sections: public functions, then schema and derivative rules of each op. Arguments are checked in
+``_matching_inputs.py``; the reference is in ``_matching_reference.py``, the kernels in
+``csrc/matching/``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmeta.errors import (
-    IGNORE_INDEX,
-    check_choice,
-    check_float_tensor,
-    check_int_tensor,
-    check_labels,
-    fail,
-    is_tracing,
-)
+from fastmeta.errors import IGNORE_INDEX, check_choice
 from fastmeta.ops import _matching_reference as reference
-from fastmeta.ops._define import LIBRARY, acc_dtype, define_op, fold_tasks
+from fastmeta.ops._define import LIBRARY, Op, acc_dtype, define_op, fold_tasks
+from fastmeta.ops._matching_inputs import MatchingInputs
 from fastmeta.ops._matching_reference import SIMILARITIES
 
 __all__ = ["SIMILARITIES", "matching_attention", "matching_nll"]
@@ -54,7 +47,8 @@ def matching_attention(
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
-        support: Tensor[..., S, D], dtype and device of ``query``; leading (task) dimensions broadcast.
+        support: Tensor[..., S, D], dtype and device of ``query``; leading (task) dimensions
+            broadcast.
         labels: Tensor[..., S] of integers in [0, ``num_classes``); -100 marks padding.
         num_classes: C, at least 1.
         similarity: ``"dot"``, ``"cosine"`` (0 with zero gradient for a zero vector),
@@ -78,13 +72,13 @@ def matching_attention(
         ValueError: A shape, device, label or option does not fit; the message names the argument.
 
     Note:
-        Accumulates in float32 (float64 for float64). ``"sqeuclidean"`` uses norms and inner products:
-        its error is relative to the squared norms. A NaN or infinity in a query spoils that query's
-        row, one in a valid support all rows of its task; nothing else. Labels are checked on the CPU;
-        on CUDA, where looking would stall the stream, and under tracing, a label outside the range
-        counts as padding. Deterministic, independent of the number of threads. Differentiable to any
-        order in query, support, scale and weight; works under ``torch.func`` transforms and
-        ``torch.compile``; forward-mode AD raises.
+        Accumulates in float32 (float64 for float64). ``"sqeuclidean"`` uses norms and inner
+        products: its error is relative to the squared norms. A NaN or infinity in a query spoils
+        that query's row, one in a valid support all rows of its task; nothing else. Labels are
+        checked on the CPU; on CUDA, where looking would stall the stream, and under tracing, a
+        label outside the range counts as padding. Deterministic, independent of the number of
+        threads. Differentiable to any order in query, support, scale and weight; works under
+        ``torch.func`` transforms and ``torch.compile``; forward-mode AD raises.
 
     Example:
         >>> import torch, fastmeta as fm
@@ -94,7 +88,7 @@ def matching_attention(
     """
     name = "matching_attention"
     check_choice(name, "output", output, ("log_probs", "probs"))
-    inputs = _Inputs(
+    inputs = MatchingInputs(
         name, query, support, labels, num_classes, similarity, scale, lengths, mask, weight
     )
     logp = _attention(*inputs.args, num_classes, similarity)[0]
@@ -157,7 +151,7 @@ def matching_nll(
     """
     name = "matching_nll"
     check_choice(name, "reduction", reduction, ("mean", "sum", "none"))
-    inputs = _Inputs(
+    inputs = MatchingInputs(
         name, query, support, labels, num_classes, similarity, scale, lengths, mask, weight
     )
     targets = inputs.targets(targets, ignore_index)
@@ -171,158 +165,6 @@ def matching_nll(
     return total.to(inputs.out_dtype)
 
 
-class _Inputs:
-    """Checked arguments of a matching op, folded to one task dimension: ``args`` is what raw ops take."""
-
-    def __init__(
-        self,
-        function: str,
-        query: Tensor,
-        support: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        similarity: str,
-        scale: float | Tensor,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        weight: Tensor | None,
-    ) -> None:
-        self.function = function
-        check_float_tensor(function, "query", query, min_dim=2)
-        check_float_tensor(function, "support", support, min_dim=2)
-        check_choice(function, "similarity", similarity, SIMILARITIES)
-        device = query.device
-        if support.device != device:
-            fail(ValueError, function, "support", f"on {device}, like query", support.device)
-        autocast = torch.is_autocast_enabled(device.type)
-        if query.dtype != support.dtype:
-            if not autocast:
-                fail(TypeError, function, "support", f"{query.dtype}, like query", support.dtype)
-            dtype = torch.promote_types(query.dtype, support.dtype)
-            query, support = query.to(dtype), support.to(dtype)
-        acc = acc_dtype(query.dtype)
-        self.out_dtype = acc if autocast else query.dtype
-        if support.shape[-1] != query.shape[-1]:
-            wanted = f"of shape [..., S, D={query.shape[-1]}], like query"
-            fail(ValueError, function, "support", wanted, f"shape {list(support.shape)}")
-        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
-            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
-        self.num_classes = num_classes
-
-        check_int_tensor(function, "labels", labels, device=device)
-        if labels.dim() < 1 or labels.shape[-1] != support.shape[-2]:
-            wanted = f"of shape [..., S={support.shape[-2]}], like support"
-            fail(ValueError, function, "labels", wanted, f"shape {list(labels.shape)}")
-        labels = _mask_labels(function, labels, lengths, mask, device)
-        check_labels(function, "labels", labels, num_classes)
-
-        leading = [query.shape[:-2], support.shape[:-2], labels.shape[:-1]]
-        scale = _scale_tensor(function, scale, acc, device)
-        if scale.numel() != 1:
-            leading.append(scale.shape)
-        if (similarity == "additive") != (weight is not None):
-            wanted = "given with similarity='additive', and only then"
-            fail(ValueError, function, "weight", wanted, f"{similarity=} with weight={weight is not None}")
-        if weight is not None:
-            check_float_tensor(function, "weight", weight, min_dim=1)
-            if weight.shape[-1] != query.shape[-1] or weight.device != device:
-                wanted = f"of shape [..., D={query.shape[-1]}] on {device}"
-                fail(ValueError, function, "weight", wanted, f"{list(weight.shape)} on {weight.device}")
-            leading.append(weight.shape[:-1])
-        try:
-            self.leading = torch.broadcast_shapes(*leading)
-        except RuntimeError:
-            shapes = ", ".join(str(list(shape)) for shape in leading)
-            wanted = "of leading dimensions that broadcast"
-            fail(ValueError, function, "query, support, labels, scale", wanted, shapes)
-        self.args = (
-            self._fold(query, 2),
-            self._fold(support, 2),
-            self._fold(labels, 1),
-            scale.reshape(1) if scale.numel() == 1 else self._fold(scale, 0),
-            None if weight is None else self._fold_weight(weight.to(acc)),
-        )
-
-    def _fold(self, tensor: Tensor, trailing: int) -> Tensor:
-        """[..., *trailing] -> [T, *trailing]."""
-        tail = tensor.shape[tensor.dim() - trailing :]
-        if len(self.leading) == 1 and tensor.dim() == trailing + 1 and tensor.shape[0] == self.leading[0]:
-            return tensor
-        return tensor.expand(*self.leading, *tail).reshape(math.prod(self.leading), *tail)
-
-    def _fold_weight(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0) if weight.dim() == 1 else self._fold(weight, 1)
-
-    def targets(self, targets: Tensor, ignore_index: int) -> Tensor:
-        """Checked query targets [T, Q], ignored ones as -100."""
-        query = self.args[0]
-        check_int_tensor(self.function, "targets", targets, device=query.device)
-        if targets.dim() < 1 or targets.shape[-1] != query.shape[1]:
-            wanted = f"of shape [..., Q={query.shape[1]}], like query"
-            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
-        try:
-            fits = torch.broadcast_shapes(targets.shape[:-1], self.leading) == self.leading
-        except RuntimeError:
-            fits = False
-        if not fits:
-            wanted = f"of leading shape {list(self.leading)}"
-            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
-        targets = targets.long()
-        check_labels(self.function, "targets", targets, self.num_classes, ignore_index)
-        if ignore_index != IGNORE_INDEX:
-            targets = torch.where(targets == ignore_index, IGNORE_INDEX, targets)
-        return self._fold(targets, 1)
-
-    def restore(self, value: Tensor) -> Tensor:
-        """[T, ...] -> [*leading, ...] in the output dtype."""
-        value = value.to(self.out_dtype)
-        if len(self.leading) == 1:
-            return value
-        return value.reshape(*self.leading, *value.shape[1:])
-
-
-def _scale_tensor(
-    function: str, scale: float | Tensor, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
-        return torch.full((1,), float(scale), dtype=dtype, device=device)
-    check_float_tensor(function, "scale", scale)
-    if scale.device != device:
-        fail(ValueError, function, "scale", f"on {device}, like query", scale.device)
-    return scale.to(dtype)
-
-
-def _mask_labels(
-    function: str,
-    labels: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Labels as int64 with -100 where ``lengths`` or ``mask`` leave a support out."""
-    labels = labels.long()
-    if lengths is None and mask is None:
-        return labels
-    supports = labels.shape[-1]
-    if lengths is not None:
-        if mask is not None:
-            fail(ValueError, function, "mask", "None when lengths is given", "both")
-        check_int_tensor(function, "lengths", lengths, device=device)
-        if not is_tracing(lengths) and device.type == "cpu" and lengths.numel():
-            low, high = (int(v) for v in torch.aminmax(lengths))
-            if low < 0 or high > supports:
-                fail(ValueError, function, "lengths", f"in [0, S={supports}]", f"[{low}, {high}]")
-        mask = torch.arange(supports, device=device) < lengths.unsqueeze(-1)
-    assert mask is not None
-    if mask.dtype != torch.bool or mask.device != device:
-        fail(TypeError, function, "mask", f"bool on {device}", f"{mask.dtype} on {mask.device}")
-    if mask.dim() < 1 or mask.shape[-1] != supports:
-        fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
-    return torch.where(mask, labels, IGNORE_INDEX)
-
-
 # --- class_order ----------------------------------------------------------------------------------
 # Not differentiable and not public: what the CUDA bridge sorts a task's supports with.
 
@@ -330,7 +172,7 @@ LIBRARY.define("class_order(Tensor labels, SymInt num_classes) -> (Tensor, Tenso
 
 
 def _class_order(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Supports in class order [T, S], padding last, and where each class begins in it [T, C + 1]."""
+    """Supports in class order [T, S], padding last, and each class's start in it [T, C + 1]."""
     key = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     ordered, order = torch.sort(key, dim=1, stable=True)
     classes = torch.arange(num_classes + 1, device=labels.device).expand(labels.shape[0], -1)
@@ -381,24 +223,26 @@ def _differentiate(reference_backward: Callable[..., Any], num_int: int) -> Call
     every further order is right.
     """
 
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         grad, query, support, *ints, scale, weight = ctx.saved_tensors
         tasks, like = query.shape[0], acc_dtype(query.dtype)
         width = 0 if weight is None else query.shape[2]
-        shapes = [query.shape, support.shape, (tasks,), (tasks, width)]
+        shapes: list[Any] = [query.shape, support.shape, (tasks,), (tasks, width)]
         dtypes = [query.dtype, support.dtype, like, like]
         cotangents = tuple(
             query.new_zeros(shape, dtype=dtype) if c is None else c
-            for c, shape, dtype in zip(cotangents, shapes, dtypes, strict=True)
+            for c, shape, dtype in zip(given, shapes, dtypes, strict=True)
         )
 
-        def first_order(grad: Tensor, query: Tensor, support: Tensor, scale: Tensor, *w: Tensor) -> Any:
+        def first_order(
+            grad: Tensor, query: Tensor, support: Tensor, scale: Tensor, *w: Tensor
+        ) -> Any:
             return reference_backward(
                 grad, query, support, *ints, scale, w[0] if w else None, *ctx.options
             )
 
         primals = [grad, query, support, scale] + ([] if weight is None else [weight])
-        _, vjp = torch.func.vjp(first_order, *primals)
+        vjp = torch.func.vjp(first_order, *primals)[1]
         grad_grad, grad_query, grad_support, grad_scale, *grad_weight = vjp(cotangents)
         return (
             grad_grad,
@@ -447,9 +291,9 @@ def _attention_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) ->
     return dq, ds, None, _sum_shared(dscale, scale), dweight, None, None
 
 
-_attention_backward = define_op(
-    "matching_attention_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, Tensor scale, "
-    "Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, str similarity) "
+_attention_backward: Op = define_op(
+    "matching_attention_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
+    "Tensor scale, Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, str similarity) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=lambda *a: reference.attention_backward(*a[:6], *a[8:]),
     fake=_fake_backward,
@@ -458,7 +302,7 @@ _attention_backward = define_op(
     vmap=fold_tasks(lambda *a: _attention_backward(*a)),
 )
 
-_attention = define_op(
+_attention: Op = define_op(
     "matching_attention(Tensor query, Tensor support, Tensor labels, Tensor scale, Tensor? weight, "
     "SymInt num_classes, str similarity) -> (Tensor, Tensor)",
     reference=reference.attention,
@@ -497,9 +341,10 @@ def _nll_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple
     return dq, ds, None, None, _sum_shared(dscale, scale), dweight, None, None
 
 
-_nll_backward = define_op(
-    "matching_nll_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, Tensor targets, "
-    "Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, str similarity) "
+_nll_backward: Op = define_op(
+    "matching_nll_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
+    "Tensor targets, Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, "
+    "str similarity) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=lambda *a: reference.nll_backward(*a[:7], *a[9:]),
     fake=_fake_backward,
@@ -508,7 +353,7 @@ _nll_backward = define_op(
     vmap=fold_tasks(lambda *a: _nll_backward(*a)),
 )
 
-_nll = define_op(
+_nll: Op = define_op(
     "matching_nll(Tensor query, Tensor support, Tensor labels, Tensor targets, Tensor scale, "
     "Tensor? weight, SymInt num_classes, str similarity) -> (Tensor, Tensor)",
     reference=reference.nll,

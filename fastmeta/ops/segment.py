@@ -1,4 +1,4 @@
-"""Op ``segment_mean``: class prototypes of unsorted, ragged supports. Kernels: ``csrc/segment/``."""
+"""Op ``segment_mean``: class prototypes of ragged supports. Kernels: ``csrc/segment/``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.errors import check_float_tensor, check_int_tensor, check_labels, fail
-from fastmeta.ops._define import acc_dtype, define_op, fold_tasks
+from fastmeta.ops._define import Op, acc_dtype, define_op, fold_tasks
 
 __all__ = ["segment_mean"]
 
@@ -23,22 +23,22 @@ def segment_mean(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
 
     Args:
         values: Tensor[..., S, D], float32, float64, bfloat16 or float16.
-        labels: Tensor[..., S] of integers in [0, ``num_classes``), in any order; -100 marks padding.
-            Leading (task) dimensions broadcast against those of ``values``.
+        labels: Tensor[..., S] of integers in [0, ``num_classes``), in any order; -100 marks
+            padding. Leading (task) dimensions broadcast against those of ``values``.
         num_classes: C, at least 1.
 
     Returns:
-        The means, Tensor[..., C, D] in the dtype of ``values``, and the counts, Tensor[..., C] in the
-        accumulation dtype. A class without rows has mean 0 and count 0.
+        The means, Tensor[..., C, D] in the dtype of ``values``, and the counts, Tensor[..., C] in
+        the accumulation dtype. A class without rows has mean 0 and count 0.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape, device or label does not fit; the message names the argument.
 
     Note:
-        Sums in float32 (float64 for float64), in the order of the rows. NaN spreads within its class
-        and feature only. Labels are checked on the CPU; on CUDA and under tracing one outside the
-        range counts as padding. Differentiable to any order in ``values``.
+        Sums in float32 (float64 for float64), in the order of the rows. NaN spreads within its
+        class and feature only. Labels are checked on the CPU; on CUDA and under tracing one outside
+        the range counts as padding. Differentiable to any order in ``values``.
 
     Example:
         >>> import torch, fastmeta as fm
@@ -138,7 +138,7 @@ def _grads_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _segment_mean(grad, labels, ctx.num_classes)[0], None, None
 
 
-_segment_mean_backward = define_op(
+_segment_mean_backward: Op = define_op(
     "segment_mean_backward(Tensor grad, Tensor labels, Tensor count) -> Tensor",
     reference=_reference_backward,
     fake=_fake_backward,
@@ -147,7 +147,7 @@ _segment_mean_backward = define_op(
     vmap=fold_tasks(lambda *a: _segment_mean_backward(*a)),
 )
 
-_segment_mean = define_op(
+_segment_mean: Op = define_op(
     "segment_mean(Tensor values, Tensor labels, SymInt num_classes) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

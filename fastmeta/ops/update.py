@@ -1,4 +1,4 @@
-"""Op ``sgd_update``: one gradient step for all parameters of all tasks. Kernels: ``csrc/update/``."""
+"""Op ``sgd_update``: a gradient step of all tasks' parameters. Kernels: ``csrc/update/``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.errors import check_float_tensor, describe, fail
-from fastmeta.ops._define import acc_dtype, define_op
+from fastmeta.ops._define import Op, acc_dtype, define_op
 
 __all__ = ["sgd_update"]
 
@@ -21,21 +21,21 @@ def sgd_update(params: Params, grads: Params, lr: Any) -> Params:
 
     .. math:: \theta'_t = \theta_t - \alpha \, g_t
 
-    Finn et al. 2017 (MAML, arXiv:1703.03400, eq. 1); with a learnt ``lr`` per element, Li et al. 2017
-    (Meta-SGD, arXiv:1707.09835). Nothing is changed in place, and the result is differentiable to any
-    order in parameters, gradients and rate.
+    Finn et al. 2017 (MAML, arXiv:1703.03400, eq. 1); with a learnt ``lr`` per element, Li et al.
+    2017 (Meta-SGD, arXiv:1707.09835). Nothing is changed in place, and the result is
+    differentiable to any order in parameters, gradients and rate.
 
     Args:
         params: A tensor, a sequence or a mapping of tensors: Tensor[T, ...] each, or Tensor[...]
             shared by the tasks of its gradient; float32, float64, bfloat16 or float16.
         grads: Of the same structure, the gradients, Tensor[T, ...] each; None where a parameter has
             none and stays as it is.
-        lr: Step size, in units of parameter per gradient: a number, a tensor that broadcasts to every
-            gradient, or a structure like ``params`` of such, one for each: a scalar, per element
-            Tensor[...], or per task Tensor[T, 1, ...].
+        lr: Step size, in units of parameter per gradient: a number, a tensor that broadcasts to
+            every gradient, or a structure like ``params`` of such, one for each: a scalar, per
+            element Tensor[...], or per task Tensor[T, 1, ...].
 
     Returns:
-        The updated parameters in the structure of ``params``, each of its gradient's shape and dtype.
+        The updated parameters in the structure of ``params``, each of its gradient's shape.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -65,7 +65,9 @@ def sgd_update(params: Params, grads: Params, lr: Any) -> Params:
     for argument, values in (("grads", grads), ("lr", rates)):
         if not isinstance(values, (list, tuple)) or len(values) != len(params):
             wanted = f"of {len(params)} entries, like params"
-            got = f"{len(values)} entries" if isinstance(values, (list, tuple)) else describe(values)
+            got = (
+                f"{len(values)} entries" if isinstance(values, (list, tuple)) else describe(values)
+            )
             fail(ValueError, "sgd_update", argument, wanted, got)
     updated = _update_list(names, params, grads, rates)
     return updated if isinstance(params, list) else _like_tuple(params, updated)
@@ -84,7 +86,9 @@ def _update_mapping(params: Mapping[str, Tensor], grads: Any, lr: Any) -> Any:
             continue
         if not isinstance(values, Mapping) or set(values) != set(names):
             got = f"keys {sorted(values)}" if isinstance(values, Mapping) else describe(values)
-            fail(ValueError, "sgd_update", argument, f"a mapping with the keys {sorted(names)}", got)
+            fail(
+                ValueError, "sgd_update", argument, f"a mapping with the keys {sorted(names)}", got
+            )
     updated = _update_list(
         [f"[{n!r}]" for n in names],
         list(params.values()),
@@ -121,7 +125,7 @@ def _check(
     rate: Any,
     shared: dict[tuple[float, torch.dtype, torch.device], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The parameter expanded to its gradient's shape, and the rate as a tensor that broadcasts to it."""
+    """The parameter expanded to its gradient's shape, and the rate as a tensor."""
     function = "sgd_update"
     check_float_tensor(function, f"params{name}", param)
     check_float_tensor(function, f"grads{name}", grad)
@@ -212,7 +216,7 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grads_backward(ctx: Any, to_grads: list[Any], to_lrs: list[Any]) -> tuple[Any, ...]:
-    """With v, u the cotangents of -lr * out and -sum(out * grad): three products, in plain PyTorch."""
+    """With v, u the cotangents of -lr * out and -sum(out * grad): plain products."""
     count, saved = ctx.count, ctx.saved_tensors
     outs, grads, lrs = saved[:count], saved[count : 2 * count], saved[2 * count :]
     grad_outs, grad_grads, grad_lrs = [], [], []
@@ -269,7 +273,7 @@ def _vmap_backward(info: Any, in_dims: Any, *columns: Any) -> Any:
     return (grad_grads, grad_lrs), (dims, dims if with_lr else [None] * len(ranks))
 
 
-_sgd_backward = define_op(
+_sgd_backward: Op = define_op(
     "sgd_update_backward(Tensor[] grad_outs, Tensor[] grads, Tensor[] lrs, bool with_lr) "
     "-> (Tensor[], Tensor[])",
     reference=_reference_backward,
@@ -279,7 +283,7 @@ _sgd_backward = define_op(
     vmap=_vmap_backward,
 )
 
-_sgd = define_op(
+_sgd: Op = define_op(
     "sgd_update(Tensor[] params, Tensor[] grads, Tensor[] lrs) -> Tensor[]",
     reference=_reference,
     fake=_fake,

@@ -1,0 +1,190 @@
+"""Arguments of the matching ops: checked, and folded to one task dimension."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmeta.errors import (
+    IGNORE_INDEX,
+    check_choice,
+    check_float_tensor,
+    check_int_tensor,
+    check_labels,
+    fail,
+    is_tracing,
+)
+from fastmeta.ops._define import acc_dtype
+from fastmeta.ops._matching_reference import SIMILARITIES
+
+__all__ = ["MatchingInputs", "mask_labels"]
+
+
+class MatchingInputs:
+    """Checked arguments of a matching op, with one task dimension: ``args`` goes to raw ops."""
+
+    def __init__(
+        self,
+        function: str,
+        query: Tensor,
+        support: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        similarity: str,
+        scale: float | Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor | None,
+    ) -> None:
+        self.function = function
+        check_float_tensor(function, "query", query, min_dim=2)
+        check_float_tensor(function, "support", support, min_dim=2)
+        check_choice(function, "similarity", similarity, SIMILARITIES)
+        device = query.device
+        if support.device != device:
+            fail(ValueError, function, "support", f"on {device}, like query", support.device)
+        autocast = torch.is_autocast_enabled(device.type)
+        if query.dtype != support.dtype:
+            if not autocast:
+                fail(TypeError, function, "support", f"{query.dtype}, like query", support.dtype)
+            dtype = torch.promote_types(query.dtype, support.dtype)
+            query, support = query.to(dtype), support.to(dtype)
+        acc = acc_dtype(query.dtype)
+        self.out_dtype = acc if autocast else query.dtype
+        if support.shape[-1] != query.shape[-1]:
+            wanted = f"of shape [..., S, D={query.shape[-1]}], like query"
+            fail(ValueError, function, "support", wanted, f"shape {list(support.shape)}")
+        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
+            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
+        self.num_classes = num_classes
+
+        check_int_tensor(function, "labels", labels, device=device)
+        if labels.dim() < 1 or labels.shape[-1] != support.shape[-2]:
+            wanted = f"of shape [..., S={support.shape[-2]}], like support"
+            fail(ValueError, function, "labels", wanted, f"shape {list(labels.shape)}")
+        labels = mask_labels(function, labels, lengths, mask, device)
+        check_labels(function, "labels", labels, num_classes)
+
+        leading = [query.shape[:-2], support.shape[:-2], labels.shape[:-1]]
+        scale = _scale_tensor(function, scale, acc, device)
+        if scale.numel() != 1:
+            leading.append(scale.shape)
+        if (similarity == "additive") != (weight is not None):
+            wanted = "given with similarity='additive', and only then"
+            fail(
+                ValueError,
+                function,
+                "weight",
+                wanted,
+                f"{similarity=} with weight={weight is not None}",
+            )
+        if weight is not None:
+            check_float_tensor(function, "weight", weight, min_dim=1)
+            if weight.shape[-1] != query.shape[-1] or weight.device != device:
+                wanted = f"of shape [..., D={query.shape[-1]}] on {device}"
+                fail(
+                    ValueError,
+                    function,
+                    "weight",
+                    wanted,
+                    f"{list(weight.shape)} on {weight.device}",
+                )
+            leading.append(weight.shape[:-1])
+        try:
+            self.leading = torch.broadcast_shapes(*leading)
+        except RuntimeError:
+            shapes = ", ".join(str(list(shape)) for shape in leading)
+            wanted = "of leading dimensions that broadcast"
+            fail(ValueError, function, "query, support, labels, scale", wanted, shapes)
+        self.args = (
+            self._fold(query, 2),
+            self._fold(support, 2),
+            self._fold(labels, 1),
+            scale.reshape(1) if scale.numel() == 1 else self._fold(scale, 0),
+            None if weight is None else self._fold_weight(weight.to(acc)),
+        )
+
+    def _fold(self, tensor: Tensor, trailing: int) -> Tensor:
+        """[..., *trailing] -> [T, *trailing]."""
+        tail = tensor.shape[tensor.dim() - trailing :]
+        if (
+            len(self.leading) == 1
+            and tensor.dim() == trailing + 1
+            and tensor.shape[0] == self.leading[0]
+        ):
+            return tensor
+        return tensor.expand(*self.leading, *tail).reshape(math.prod(self.leading), *tail)
+
+    def _fold_weight(self, weight: Tensor) -> Tensor:
+        return weight.unsqueeze(0) if weight.dim() == 1 else self._fold(weight, 1)
+
+    def targets(self, targets: Tensor, ignore_index: int) -> Tensor:
+        """Checked query targets [T, Q], ignored ones as -100."""
+        query = self.args[0]
+        check_int_tensor(self.function, "targets", targets, device=query.device)
+        if targets.dim() < 1 or targets.shape[-1] != query.shape[1]:
+            wanted = f"of shape [..., Q={query.shape[1]}], like query"
+            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
+        try:
+            fits = torch.broadcast_shapes(targets.shape[:-1], self.leading) == self.leading
+        except RuntimeError:
+            fits = False
+        if not fits:
+            wanted = f"of leading shape {list(self.leading)}"
+            fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
+        targets = targets.long()
+        check_labels(self.function, "targets", targets, self.num_classes, ignore_index)
+        if ignore_index != IGNORE_INDEX:
+            targets = torch.where(targets == ignore_index, IGNORE_INDEX, targets)
+        return self._fold(targets, 1)
+
+    def restore(self, value: Tensor) -> Tensor:
+        """[T, ...] -> [*leading, ...] in the output dtype."""
+        value = value.to(self.out_dtype)
+        if len(self.leading) == 1:
+            return value
+        return value.reshape(*self.leading, *value.shape[1:])
+
+
+def _scale_tensor(
+    function: str, scale: float | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
+        return torch.full((1,), float(scale), dtype=dtype, device=device)
+    check_float_tensor(function, "scale", scale)
+    if scale.device != device:
+        fail(ValueError, function, "scale", f"on {device}, like query", scale.device)
+    return scale.to(dtype)
+
+
+def mask_labels(
+    function: str,
+    labels: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Labels as int64 with -100 where ``lengths`` or ``mask`` leave a support out."""
+    labels = labels.long()
+    if lengths is None and mask is None:
+        return labels
+    supports = labels.shape[-1]
+    if lengths is not None:
+        if mask is not None:
+            fail(ValueError, function, "mask", "None when lengths is given", "both")
+        check_int_tensor(function, "lengths", lengths, device=device)
+        if not is_tracing(lengths) and device.type == "cpu" and lengths.numel():
+            low, high = (int(v) for v in torch.aminmax(lengths))
+            if low < 0 or high > supports:
+                fail(ValueError, function, "lengths", f"in [0, S={supports}]", f"[{low}, {high}]")
+        mask = torch.arange(supports, device=device) < lengths.unsqueeze(-1)
+    assert mask is not None
+    if mask.dtype != torch.bool or mask.device != device:
+        fail(TypeError, function, "mask", f"bool on {device}", f"{mask.dtype} on {mask.device}")
+    if mask.dim() < 1 or mask.shape[-1] != supports:
+        fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
+    return torch.where(mask, labels, IGNORE_INDEX)
