@@ -118,6 +118,8 @@ def contestants(
         return jax_step(jax, dtype, mean_of, x, y)
 
     def easyfsl_step(dtype: str) -> Step:
+        if work.S > 10_000:
+            raise AbsentError("half a minute a call: class after class over all rows")
         compute = peer("easyfsl.methods.utils", without=("torchvision",)).compute_prototypes
 
         def tasks(x: Tensor, y: Tensor) -> Tensor:
