@@ -5,7 +5,8 @@ Three things happen between entering and leaving `LentModel`:
 * its parameters may be replaced by others, tied ones together (as ``torch.func.functional_call``
   does, but once a call instead of once a forward pass);
 * its buffers are copies, so that whatever the forward pass writes is dropped;
-* normalisation follows the stated policy, and attention takes a path that has second derivatives.
+* normalisation follows the stated policy, and where torch has several ways, one that has (right)
+  second derivatives is taken.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class _Rules(TorchFunctionMode):
         self._rules: dict[Any, Callable[..., Any]] = {
             F.batch_norm: self._batch_norm,
             F.instance_norm: self._instance_norm,
+            torch._weight_norm: _weight_norm,
         }
         if second_order:
             for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
@@ -105,6 +107,14 @@ class _Rules(TorchFunctionMode):
         if self._batch_norm_policy == "batch" or running_mean is None:
             return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
         return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _weight_norm(direction: Tensor, size: Tensor, dim: int = 0) -> Tensor:
+    """In plain terms: the fused one's second derivative is wrong, and vmap cannot map it."""
+    others = [d for d in range(direction.dim()) if d != dim or dim == -1]
+    if not others:
+        return direction * (size / direction.abs())
+    return direction * (size / torch.linalg.vector_norm(direction, dim=others, keepdim=dim != -1))
 
 
 def _require_running(running_mean: Tensor | None) -> None:
@@ -154,7 +164,6 @@ class LentModel(AbstractContextManager["LentModel"]):
                 self._save_buffers(module)
             if isinstance(module, nn.RNNBase):
                 self._save_flat_weights(module)
-        self._stack.enter_context(self._rules)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -192,7 +201,8 @@ class LentModel(AbstractContextManager["LentModel"]):
         """Output of the model for one task, in torch's own words if it fails."""
         for (held, key), value in zip(self._lent, self._spread(theta), strict=True):
             held[key] = value
-        output = self._model(x)
+        with self._rules:
+            output = self._model(x)
         if not isinstance(output, Tensor):
             fail(
                 TypeError, "MAML", "model", "a module that returns a tensor", type(output).__name__

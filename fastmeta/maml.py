@@ -221,11 +221,12 @@ class MAML(nn.Module):
             RuntimeError: No adapted parameter influences the loss, or this is called within
                 ``torch.func.vmap``. Errors of the model surface as they are.
         """
-        support_x, support_y, query_x = _usable(support_x, support_y, query_x)
-        supports = check_supports("MAML", support_x, support_y, self._runner.loss)
-        queries = check_queries("MAML", query_x, query_mask, support_x.shape[0], support_x.device)
-        weights = self._weights()
         with _outside_inference():
+            support_x, support_y, query_x = _usable(support_x, support_y, query_x)
+            supports = check_supports("MAML", support_x, support_y, self._runner.loss)
+            tasks, device = support_x.shape[0], support_x.device
+            queries = check_queries("MAML", query_x, query_mask, tasks, device)
+            weights = self._weights()
             return self._runner.forward(
                 weights, self._rates(weights), supports, queries, self.steps, self.first_order
             )
@@ -258,10 +259,10 @@ class MAML(nn.Module):
         if steps is None:
             steps = self.steps
         _check_count("steps", steps, 0, "MAML.adapt")
-        support_x, support_y = _usable(support_x, support_y)
-        supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
-        weights = self._weights()
         with _outside_inference():
+            support_x, support_y = _usable(support_x, support_y)
+            supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
+            weights = self._weights()
             theta = self._runner.adapt(
                 weights, self._rates(weights), supports, steps, self.first_order
             )
