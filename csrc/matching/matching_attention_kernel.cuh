@@ -1,23 +1,23 @@
 // Device code of the forward of matching_attention and matching_nll.
 //
-// A block owns 64 queries of one task and streams the task's supports, sorted by class, in tiles of
-// 64 through shared memory (matching_tile_kernel.cuh). A tile's scores go to shared memory; then
-// four threads a query fold them, class after class, into an online (max, sum). At the end of a
-// class its log-sum-exp is written to out and folded into the query's total, so one pair of (max,
-// sum) a thread is all the state, whatever C is; the last step subtracts lse from the block's part
-// of out. Nothing of size Q x S leaves the block.
+// A block owns 64 queries of one task and streams the task's supports, sorted by class, in tiles
+// of 64 through shared memory (matching_tile_kernel.cuh). A tile's scores go to shared memory;
+// then four threads a query fold them, class after class, into an online (max, sum). At the end of
+// a class its log-sum-exp is written to out and folded into the query's total, so one pair of
+// (max, sum) a thread is all the state, whatever C is; the last step subtracts lse from the
+// block's part of out. Nothing of size Q x S leaves the block.
 //
-//   bytes   (S * D * ceil(Q / 64) + Q * D * (1 + S / 64 from L2)) * b + 3 * Q * C * 4 a task (nll:
-//   no C) FLOPs   2 * Q * S * D (dot), 3 * (differences), a tanh more (additive), and two exp a
-//   pair bound   by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100); few-shot
-//   sizes by
-//           how many blocks there are: T * ceil(Q / 64), a block a multiprocessor and more from T =
-//           64
-//   shared  28 KB (float32, 16-bit), 55 KB (float64): two blocks or more a multiprocessor, from
-//   sm_80 banks   scores have pitch 68: 16-byte stores of neighbouring lanes, and reads of 8 rows x
-//   4
-//           columns a warp that touch 32 different banks
-//   threads all follow the same classes, so branches on classes never diverge
+// - bytes: a task reads b * D * (Q + S * ceil(Q / 64)), the repeats from L2, and moves 12 * Q *
+//   C for out, which nll does not have; b bytes a scalar
+// - FLOPs: 2 * Q * S * D for dot products, 3 for differences, a tanh more for additive, and one
+//   exp a pair
+// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100); few-shot sizes
+//   by the number of blocks, T * ceil(Q / 64): one a multiprocessor from T = 64 on
+// - shared memory: 28 KB in float32 and 16-bit types, so two blocks a multiprocessor on every
+//   architecture; 54 KB in float64, one block where 64 or 100 KB are all there is
+// - banks: scores have pitch 68: 16-byte stores by neighbouring lanes, and reads of 8 rows x 4
+//   columns a warp that touch 32 different banks
+// - divergence: all threads follow the same classes, so branches on classes are uniform
 #pragma once
 #include "matching/matching_tile_kernel.cuh"
 

@@ -2,24 +2,24 @@
 //
 // One kernel, two uses: a block owns 64 queries and streams the valid supports (grad_query, and
 // partial sums of grad_scale and grad_weight), or owns 64 supports and streams the queries
-// (grad_support). Every gradient has one owner, so nothing is added atomically. A tile's scores are
-// recomputed, to the bit, turned into dL/dz by lse, out and grad, and kept in shared memory; then
-// the other side's rows are streamed again, kDepth at a time, into 64 x kSlice gradients that live
-// in registers.
+// (grad_support). Every gradient has one owner, so nothing is added atomically. A tile's scores
+// are recomputed, to the bit, turned into dL/dz by lse, out and grad, and kept in shared memory;
+// then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice gradients that
+// live in registers.
 //
-//   slices  a block owns kSlice features of its rows' gradients, blocks of other slices recompute
-//   the
-//           scores: any D, with ceil(D / kSlice) * D + D instead of 2 * D multiply-adds a pair. At
-//           D = 64 (Conv4) nothing is repeated; at D = 1600 few-shot tasks fill the machine that
-//           way
-//   bytes   per block (D + kSlice) * b for every row streamed, from L2 where several blocks share a
-//   task FLOPs   2 * Q * S * (D * slices + D) (dot) for each of the two uses, 3 * for differences
-//   bound   by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100)
-//   shared  30 KB (float32, 16-bit), 59 KB (float64)
-//   banks   dL/dz is stored transposed, 16 bytes a lane (four ways in conflict, 16 stores a tile),
-//   and
-//           read as one address by 16 lanes; the streamed rows are stored and read by neighbouring
-//           lanes
+// - slices: a block owns kSlice features of its rows' gradients; blocks of other slices
+//   recompute the scores. That takes any D, at Q * S * D * (slices + 1) multiply-adds instead of
+//   2 * Q * S * D: nothing is repeated at D = 64 (Conv4), and at D = 1600 the slices are what
+//   gives few-shot tasks enough blocks
+// - bytes: b * (D + kSlice) for every row a block streams, from L2 where blocks share a task
+// - FLOPs: 2 * Q * S * D * (slices + 1) for dot products, 3 for differences, for each of the two
+//   uses
+// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100)
+// - shared memory: 29 KB in float32 and 16-bit types: two blocks a multiprocessor on every
+//   architecture; 56 KB in float64, one block where 64 or 100 KB are all there is
+// - banks: dL/dz is stored transposed, 16 bytes a lane, four ways in conflict but only twice a
+//   tile, and read at one address by 16 lanes; the streamed rows are stored and read by
+//   neighbouring lanes
 #pragma once
 #include "matching/matching_tile_kernel.cuh"
 

@@ -1,25 +1,22 @@
 // The tile of pairs that the forward and both backward kernels of matching_attention are built on.
 //
 // A block of 256 threads computes sums over the features for 64 "own" rows x 64 "other" rows.
-// Thread (ty, tx), ty = thread / 16, keeps a 4 x 4 patch in registers: rows ty * 4.., columns tx
-// * 4.. The features pass through shared memory in chunks of kDepth, transposed ([feature][row]),
-// so that a thread reads its 4 rows and 4 columns of one feature with two 16-byte loads for 16
-// multiply-adds.
+// Thread (ty, tx), ty = thread / 16, keeps a 4 x 4 patch in registers: rows 4 * ty and on, columns
+// 4 * tx and on. The features pass through shared memory in chunks of kDepth, transposed to
+// [feature][row], so that a thread reads its 4 rows and 4 columns of one feature with two 16-byte
+// loads for 16 multiply-adds.
 //
-//   global   each chunk is 64 rows x 16 features of both sides: a thread moves one pack of 4
-//   neighbours
-//            of each (16 bytes of float32; single elements where rows are not packable), fetched
-//            into registers while the chunk before is multiplied
-//   banks    the pitch of 68 keeps rows 16-byte aligned; reads are 16 bytes from neighbouring lanes
-//   or
-//            one address (no conflict); the transposing stores conflict two ways, once per 64
-//            products
-//   FLOPs    2 * 64 * 64 * D a tile for dot products, 3 * for differences; 64 * D * b bytes a side,
-//   so
-//            16 FLOPs a byte from L2 in float32: above the ridge of A100 (19.5 TFLOP/s at 5 TB/s of
-//            L2: 4) and of H100 (67 at 5.5: 12), hence bound by FP32 units. 64 x 64 and not 128 x
-//            128 because few-shot tasks have 5 to 100 supports and about 75 queries: larger tiles
-//            idle.
+// - global memory: a chunk is 64 rows x 16 features of both sides. A thread moves one pack of 4
+//   neighbours of each (16 bytes of float32; single elements where rows are not packable),
+//   fetched into registers while the chunk before is multiplied
+// - banks: the pitch of 68 keeps rows 16-byte aligned; reads are 16 bytes from neighbouring
+//   lanes, or one address (no conflict); the transposing stores conflict two ways, once in 64
+//   products
+// - roofline: 2 * 64 * 64 * D FLOPs for dot products and 2 * 64 * D * b bytes from L2 a tile: 16
+//   FLOPs a byte in float32, above the ridge of A100 (19.5 TFLOP/s at about 5 TB/s of L2: 4) and
+//   of H100 (67 at about 5.5: 12), hence bound by FP32 units
+// - size: 64 x 64 and not 128 x 128, because few-shot tasks have 5 to 100 supports and about 75
+//   queries: in larger tiles most threads would idle
 //
 // tile_product is the one place where the products are formed: tensor cores would go there.
 #pragma once

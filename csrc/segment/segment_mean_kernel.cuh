@@ -1,19 +1,21 @@
 // Device code of segment_mean: class means of unsorted, ragged rows, and their gradient.
 //
-// mean_kernel. A block owns one (task, class) and a slice of kThreads * width features; a thread
+// mean_kernel: a block owns one (task, class) and a slice of kThreads * width features; a thread
 // owns width neighbouring features and adds the rows of its class in their order, so the result
 // depends on nothing but the input. The block walks the labels in steps of kStep: every warp votes
-// on 32 labels a round (coalesced 8-byte loads), the votes are turned into an ordered list of
-// matching rows in shared memory, and the rows of the list are added.
-//   bytes   T*S*D*b + T*C*D*b (b bytes a scalar) and 8*T*S*C*slices for labels, which stay in L2
-//   FLOPs   T*S*D; below one FLOP a byte: bound by memory (2.0 TB/s on A100, 3.35 on H100), for
-//           few-shot sizes by launch latency
-//   width   kPack (16-byte loads of float32) where rows are aligned, else 1; both are coalesced
-//   shared  kStep 4-byte indices and 16 counters: the list is read at one address by all
-//   (broadcast)
+// on 32 labels a round, the votes are turned into an ordered list of matching rows in shared
+// memory, and the rows of the list are added.
 //
-// mean_backward_kernel. A thread writes width neighbouring elements of grad_values.
-//   bytes   T*S*D*b written; grad (T*C*D*b) is read once per row but from L2; bound by memory
+// - bytes: b * T * D * (S + C), b bytes a scalar, and 8 * T * S * C * slices for labels, which
+//   come from L2
+// - FLOPs: T * S * D, below one a byte: bound by memory (2.0 TB/s on A100, 3.35 on H100), for
+//   few-shot sizes by the latency of the launch
+// - width: kPack (16-byte loads of float32) where rows are aligned, else 1; both are coalesced
+// - shared memory: kStep 4-byte indices and 16 counters, 2112 bytes; the list is read at one
+//   address by all threads (broadcast), so there are no bank conflicts
+//
+// mean_backward_kernel: a thread writes width neighbouring elements of grad_values. It writes b *
+// T * S * D bytes and reads grad from L2: bound by memory.
 #pragma once
 #include "common/device.cuh"
 

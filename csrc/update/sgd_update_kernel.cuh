@@ -1,25 +1,25 @@
 // Device code of sgd_update: many tensors in one launch, descriptors in the kernel's parameters.
 //
-// A launch takes a TensorList by value (under the 4 KB that every architecture allows), so no table
-// is copied to the device and a CUDA graph captures it whole. A block finds its tensor by bisection
-// over first_block (uniform reads of the constant bank) and handles one chunk of the tensor's
-// elements, flattened as t * N + n; the division into t and n is done only for operands that are
-// broadcast.
+// A launch takes a TensorList by value (under the 4 KB that every architecture allows), so no
+// table is copied to the device and a CUDA graph captures it whole. A block finds its tensor by
+// bisection over first_block (uniform reads of the constant bank) and handles one chunk of the
+// tensor's elements, flattened as t * N + n; the division into t and n is done only for operands
+// that are broadcast.
 //
-// sgd_kernel           reads param and grad, writes out: 3 * b bytes an element, 2 FLOPs
-// sgd_backward_kernel  reads grad_out (and grad when lr has one number per element), writes
-// grad_grad
-//                      (and grad_lr): 2 to 4 * b bytes an element, 1 to 2 FLOPs
-// sgd_reduce_kernel    reads grad_out and grad once: 2 * b bytes an element, 2 FLOPs
-//   All are bound by memory (2.0 TB/s on A100, 3.35 on H100): under one FLOP a byte. A thread has
-//   kPacks packs of each operand in flight, 16 bytes each of float32, when rows are aligned and N
-//   is a multiple of kPack; else single elements, coalesced either way. Shared memory: one number a
-//   warp.
+// - sgd_kernel: reads param and grad, writes out: 3 * b bytes an element, 2 FLOPs; b bytes a
+//   scalar
+// - sgd_backward_kernel: reads grad_out (and grad where lr has a number per element), writes
+//   grad_grad (and grad_lr): 2 to 4 * b bytes an element, 1 to 2 FLOPs
+// - sgd_reduce_kernel: reads grad_out and grad once: 2 * b bytes an element, 2 FLOPs
+// - bound: all by memory (2.0 TB/s on A100, 3.35 on H100), at under one FLOP a byte. A thread
+//   has kPacks packs of each operand in flight, 16 bytes each of float32, where rows are aligned
+//   and N is a multiple of kPack; else single elements, coalesced either way
+// - shared memory: one number a warp, for the sums: no conflicts
 //
-// grad_lr is reduced in a fixed order: a block sums a chunk (threads stride it, lanes by butterfly,
-// warps in order), sgd_finish_kernel sums the chunks of a row; or, with one number per element of a
-// task, a thread adds the tasks in their order, kTaskGroup at a time, because one long float sum of
-// 65535 tasks loses digits. No atomics: equal inputs give equal bits.
+// grad_lr is reduced in a fixed order: a block sums a chunk (threads stride it, lanes by
+// butterfly, warps in order), sgd_finish_kernel sums the chunks of a row; or, with one number per
+// element of a task, a thread adds the tasks in their order, kTaskGroup at a time, because one
+// long float sum of 65535 tasks loses digits. No atomics: equal inputs give equal bits.
 #pragma once
 #include "common/device.cuh"
 
