@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +92,22 @@ def compile_emulation(
             _run([*compiler, *SANITIZE[sanitize], "-shared", *map(str, objects), "-o", str(part)])
             part.rename(module)
     return module
+
+
+def compile_executable(source: Path, sanitize: str = "") -> Path:
+    """Return the path of a program built from one file that needs no Python."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    flags = [*FLAGS, *OPTIMISE, *SANITIZE[sanitize], f"-I{CSRC}", f"-I{HERE}"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        item = _object([*compiler, *flags], source, ())
+        program = item.with_suffix("")
+        if not program.exists():
+            part = item.with_suffix(".part")
+            _run([*compiler, *SANITIZE[sanitize], str(item), "-o", str(part)])
+            part.rename(program)
+    return program
 
 
 def _object(base: list[str], source: Path, folders: tuple[str, ...]) -> Path:
@@ -221,6 +238,12 @@ def emulation_module() -> ModuleType:
     """The compiled sources; under ``FASTMETA_EMULATION_SANITIZE=address`` with sanitizers."""
     sanitize = os.environ.get("FASTMETA_EMULATION_SANITIZE", "")
     return load_module(compile_emulation(sanitize=sanitize))
+
+
+@pytest.fixture(scope="session")
+def compile_program() -> Callable[..., Path]:
+    """:func:`compile_executable`, for tests that run a program of their own."""
+    return compile_executable
 
 
 @pytest.fixture
