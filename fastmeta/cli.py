@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error, which stands on stderr in one line.
 
     Example:
-        >>> main(["info", "--json"])  # doctest: +SKIP
+        >>> main(["info"])
+        fastmeta ...
+        0
     """
     arguments = _parser().parse_args(argv)
     try:

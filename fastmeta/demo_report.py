@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ LOOK: dict[Any, Any] = {
 
 STYLE = """
 .task { display: inline-block; margin: .2rem 1.6rem 1rem 0; vertical-align: top; }
+.task .note { margin: .2rem 0; font-size: .82rem; white-space: nowrap; }
+.task h3 { margin: 1rem 0 0; }
 .task table { border-collapse: separate; border-spacing: 5px 4px; }
 .task th { font-size: .8rem; font-weight: 600; color: var(--soft); text-align: right;
   padding-right: .6rem; vertical-align: middle; white-space: nowrap; }
@@ -70,6 +73,7 @@ STYLE = """
 .task .answer img { width: 22px; height: 22px; border: 0; border-radius: 2px; }
 .task .answer b { display: block; font: 700 11px/13px system-ui, sans-serif; color: #fff; }
 .task .yes { background: var(--right); } .task .no { background: var(--wrong); }
+.strip { display: inline-block; margin: 0 1.2rem .6rem 0; line-height: 0; }
 .strip img { width: 48px; height: 48px; border: 1px solid var(--line); border-radius: 3px;
   margin: 0 3px 3px 0; }
 """
@@ -122,7 +126,7 @@ def demo_page(demo: Demo) -> Page:
     page.heading("What they were trained on")
     page.text(
         "Some classes of one training task: the support, then queries, the same character in other "
-        "typefaces, all bent, turned and reweighted at random."
+        "typefaces, all bent, turned, reweighted and put out of focus at random."
     )
     page.html(training_strip(demo.training))
     page.heading("Tasks and answers")
@@ -131,11 +135,22 @@ def demo_page(demo: Demo) -> Page:
         "queries of that class. Under each query stands the example that each learner took it for, "
         "left the Matching Network, right MAML: ✓ on green is right, ✗ on red is wrong."
     )
-    for shown in demo.shown:
+    for shown in in_order(demo.shown):
         page.html(task_markup(shown))
     page.heading("How it was measured")
     page.table([], facts(demo), "words")
     return page
+
+
+def in_order(shown: list[Shown]) -> list[Shown]:
+    """Handwriting first; of each kind two small tasks, which fit side by side, or a wide one."""
+    kept, seen = [], Counter[tuple[str, int]]()
+    for task in sorted(shown, key=lambda task: task.data == GLYPHS):
+        ways = task.episode.num_classes
+        seen[task.data, ways] += 1
+        if seen[task.data, ways] <= (2 if ways <= 5 else 1):
+            kept.append(task)
+    return kept
 
 
 def facts(demo: Demo) -> list[list[str]]:
@@ -150,7 +165,7 @@ def facts(demo: Demo) -> list[list[str]]:
             "Training",
             f"{glyphs.num_classes:,} characters in 8 to 21 typefaces each ({len(glyphs):,} "
             "images), no digits; support and queries of different typefaces, each image bent, "
-            "turned and reweighted at random",
+            "turned, reweighted and put out of focus at random",
         ],
         [
             GLYPHS,
@@ -186,17 +201,14 @@ def facts(demo: Demo) -> list[list[str]]:
     ]
 
 
-def training_strip(episode: Episode, classes: int = 6) -> str:
+def training_strip(episode: Episode, classes: int = 8) -> str:
     """Some classes of a training task."""
-    rows = []
+    groups = []
     for label in range(classes):
-        images = [*rows_of(episode, label)]
-        rows.append(
-            "<span class=task><span class=strip>"
-            + "".join(f'<img alt="" src="{image_uri(image)}">' for image in images)
-            + "</span></span>"
-        )
-    return f'<div class="wide">{"".join(rows)}</div>'
+        images = rows_of(episode, label)
+        tags = "".join(f'<img alt="" src="{image_uri(image)}">' for image in images)
+        groups.append(f'<span class="strip">{tags}</span>')
+    return f"<div>{' '.join(groups)}</div>"
 
 
 def rows_of(episode: Episode, label: int) -> list[Tensor]:
@@ -227,7 +239,7 @@ def task_markup(shown: Shown, rows: int = 3) -> str:
     count = episode.query_y.numel()
     return (
         f'<div class="task"><h3>{escape(title)}</h3>'
-        f'<p class="note">right of all {count} queries: {escape(right)}</p>'
+        f'<p class="note">right of {count}: {escape(right)}</p>'
         f"<table>{''.join(body)}</table></div>"
     )
 
@@ -320,6 +332,7 @@ def curves(demo: Demo) -> Figure:
                 )  # fmt: skip
             axes.set_title(f"{name}, {curve.seconds:.0f} s")
             axes.set_xlabel("training step")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylim(0, 100)
             axes.grid(color=LINE, lw=0.6)
             axes.legend(loc="lower right", frameon=False, fontsize=8)
@@ -378,6 +391,8 @@ def _picture_task(panel: Figure, shown: Shown, rows: int = 3) -> None:
     ways = len(episode.support_x[0])
     panel.suptitle("One example of each digit, then queries", x=0.02, ha="left", fontsize=10,
                    fontweight="bold")  # fmt: skip
+    panel.supxlabel("✓ right  ✗ wrong;  left: Matching Network, right: MAML", x=0.02, ha="left",
+                    fontsize=7.5, color=SOFT)  # fmt: skip
     grid = panel.subplots(rows + 1, ways)
     for label in range(ways):
         _picture_image(grid[0, label], episode.support_x[0, label], INK, 1.6)

@@ -140,7 +140,8 @@ def test_report_stands_alone_and_shows_the_table(result, tmp_path):
         for name in NAMES:
             assert f"<td>{percent(cell.accuracy[name])}</td>" in text
     # Three queries of each class shown, two answers for each.
-    shown = sum(6 * s.episode.support_x.shape[1] for s in result.shown)
+    kept = demo_report.in_order(result.shown)
+    shown = sum(6 * s.episode.support_x.shape[1] for s in kept)
     assert len(re.findall(r'class="answer (?:yes|no)"', text)) == shown
 
 
@@ -157,6 +158,13 @@ def test_marks_of_a_task_say_what_was_answered(result):
     markup = demo_report.task_markup(perfect)
     assert markup.count('class="answer no"') == 3 * ways
     assert f"{ADAPTING} 0, {FLOOR} {len(target)}" in markup
+
+
+def test_handwriting_comes_first_and_of_wide_tasks_one(result):
+    kinds = [(s.data, s.episode.support_x.shape[1]) for s in demo_report.in_order(result.shown)]
+    assert kinds == [
+        (DIGITS, 5), (DIGITS, 5), (DIGITS, 10), (GLYPHS, 5), (GLYPHS, 5), (GLYPHS, 10),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])

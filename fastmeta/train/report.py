@@ -37,7 +37,7 @@ p { margin: .5rem 0 .8rem; max-width: 46rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .note { font-size: .9rem; color: var(--soft); }
 table.data { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-table.data th, table.data td { padding: .42rem .9rem; border-bottom: 1px solid var(--line);
+table.data th, table.data td { padding: .42rem .75rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
 table.data th { font-size: .85rem; font-weight: 600; color: var(--soft); }
 table.data th:first-child, table.data td:first-child { text-align: left; padding-left: 0; }
