@@ -429,6 +429,21 @@ def configure(options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def _write(path: Path, name: str, facts: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def short(value: Any) -> Any:
+        """Four digits are more than any clock here is good for."""
+        if isinstance(value, float):
+            return float(f"{value:.4g}")
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return [short(v) for v in value] if isinstance(value, list) else value
+
+    content = short({"benchmark": name, "machine": facts, "cases": cases})
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def run(
     name: str,
     description: str,
@@ -448,14 +463,12 @@ def run(
         if any(part in case.name for part in chosen):
             summaries.append(summarise(options, case, measure(options, case)))
             print(table(summaries[-1]), flush=True)
+            if options.json:  # after every case, so that a run that is stopped leaves what it has
+                _write(options.json / f"{name}.json", name, facts, summaries)
     gc.unfreeze()
     if not summaries:
         print(f"no case is named like {options.cases!r}")
         return 2
-    if options.json:
-        options.json.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"benchmark": name, "machine": facts, "cases": summaries}, indent=1)
-        (options.json / f"{name}.json").write_text(text + "\n")
     if options.plot:
         plot(options.plot / f"{name}.png", name, facts, summaries)
     wrong = [s["case"] for s in summaries if s["ours_wrong"]]
