@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, case: Case) -> list[Result]:
 def _selected(options: argparse.Namespace, contestant: Contestant) -> bool:
     if contestant.kind == "ours" or not options.peers:
         return True
-    return any(p in contestant.name for p in options.peers.split(","))
+    return any(p in contestant.name for p in options.peers.split("|"))
 
 
 def summarise(options: argparse.Namespace, case: Case, results: list[Result]) -> dict[str, Any]:
@@ -400,8 +400,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add = p.add_argument
     add("--quick", action="store_true", help="tiny shapes: does everything run and agree?")
     add("--compile", action="store_true", help="with peers that take long to compile (minutes)")
-    add("--cases", default="", help="only cases whose name contains one of these (a,b)")
-    add("--peers", default="", help="only peers whose name contains one of these (a,b)")
+    add("--cases", default="", help="only cases whose name contains one of these: a|b")
+    add("--peers", default="", help="only peers whose name contains one of these: a|b")
     add("--threads", type=int, default=None, help="threads of every contestant (all cores)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--dtype", default="float32", choices=dtypes)
@@ -457,7 +457,7 @@ def run(
     print(f"== {name}: {description}\n{header(facts)}", flush=True)
     gc.collect()
     gc.freeze()  # or every collection would walk all that was imported
-    chosen = options.cases.split(",")
+    chosen = options.cases.split("|")
     summaries = []
     for case in cases(options):
         if any(part in case.name for part in chosen):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not install
 
 from benchmarks import __main__, _harness, _maml, _matching, _peers
 
-TORCH_PEERS = "eager,torch,autograd,SDPA,_foreach"
+TORCH_PEERS = "eager|torch|autograd|SDPA|_foreach"
 
 
 @pytest.fixture(autouse=True)
