@@ -11,6 +11,14 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
+// Where exponents are scaled by an instruction results underflow gradually; elsewhere the
+// exponent's bits are made by hand, and the lowest power of two that can be made so is 0.
+#if defined(__AVX512F__)
+constexpr bool kGradual = true;
+#else
+constexpr bool kGradual = false;
+#endif
+
 template <class T>
 struct MathConstants;
 template <>
@@ -19,7 +27,7 @@ struct MathConstants<float> {
       0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kLowest = -0x1.fffffep127f, kInfinity = __builtin_huge_valf();
-  static constexpr float kMinExp2 = -127.f, kMaxExp2 = 128.f;
+  static constexpr float kMinExp2 = kGradual ? -200.f : -127.f, kMaxExp2 = 128.f;
   static constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
@@ -29,7 +37,7 @@ struct MathConstants<double> {
   static constexpr double kMagic = 0x1.8p52;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kLowest = -0x1.fffffffffffffp1023, kInfinity = __builtin_huge_val();
-  static constexpr double kMinExp2 = -1023., kMaxExp2 = 1024.;
+  static constexpr double kMinExp2 = kGradual ? -1200. : -1023., kMaxExp2 = 1024.;
   static constexpr double kLog2e = 1.44269504088896341, kLn2 = 0.693147180559945309;
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b39p-40;
   static constexpr int64_t kSqrtHalfBits = 0x3fe6a09e667f3bcdLL;
@@ -182,8 +190,8 @@ FASTMETA_INLINE Vec<T> vtanh(Vec<T> x) {
   const Vec<T> twice = vmin<T>(splat<T>(sizeof(T) == 4 ? T(20) : T(40)), a + a);
   const Vec<T> large = T(1) - T(2) / (vexp<T>(twice) + T(1));
   const Vec<T> sign = from_bits<T>(bits_of<T>(x) & bits_of<T>(splat<T>(T(-0.0))));
-  const Vec<T> signed_large = from_bits<T>(bits_of<T>(large) | bits_of<T>(sign));
-  return a < T(0.625) ? x + x * y * p : signed_large;
+  const Vec<T> result = a < T(0.625) ? a + a * y * p : large;
+  return from_bits<T>(bits_of<T>(result) | bits_of<T>(sign));
 }
 
 }  // namespace fastmeta::FASTMETA_ISA
