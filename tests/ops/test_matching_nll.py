@@ -1,5 +1,7 @@
 """``fm.matching_nll`` against its definition: the loss of the attention's definition."""
 
+import functools
+
 import pytest
 import torch
 from opcases import (
@@ -13,8 +15,10 @@ from opcases import (
     eager_attention,
     error,
     finite_weights,
+    gradient_sizes,
     gradients,
     isas,
+    largest_logit,
     leaves,
     use_isa,
 )
@@ -38,8 +42,9 @@ def summed(losses):
     return (finite * finite_weights(losses.shape).to(losses.dtype)).sum()
 
 
-def truth_of(case, similarity, inputs):
-    query, support, labels, targets, scale, weight = inputs
+@functools.cache
+def truth_of(case, similarity, dtype):
+    query, support, labels, targets, scale, weight = case.make(dtype, similarity=similarity)
     tensors = leaves(*(None if t is None else t.double() for t in (query, support, scale, weight)))
     q, s, a, w = tensors
     logp = attention_definition(q, s, labels, case.classes, similarity, a, w)
@@ -51,9 +56,8 @@ def truth_of(case, similarity, inputs):
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_matches_the_definition_in_float64(case, similarity, isa):
-    inputs = case.make(similarity=similarity)
-    truth, truth_grads = truth_of(case, similarity, inputs)
-    query, support, labels, targets, scale, weight = inputs
+    truth, truth_grads = truth_of(case, similarity, torch.float64)
+    query, support, labels, targets, scale, weight = case.make(similarity=similarity)
     tensors = leaves(query, support, scale, weight)
     q, s, a, w = tensors
     with use_isa(isa):
@@ -71,9 +75,8 @@ def test_matches_the_definition_in_float64(case, similarity, isa):
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_error_is_within_twice_pytorchs_own(similarity, dtype):
     case = CASES[2]
-    inputs = case.make(dtype, similarity=similarity)
-    truth, truth_grads = truth_of(case, similarity, inputs)
-    query, support, labels, targets, scale, weight = inputs
+    truth, truth_grads = truth_of(case, similarity, dtype)
+    query, support, labels, targets, scale, weight = case.make(dtype, similarity=similarity)
     eager_tensors = leaves(query, support, scale.to(dtype), weight)
     q, s, a, w = eager_tensors
     logp = eager_attention(q, s, labels, case.classes, similarity, a, w)
@@ -87,11 +90,15 @@ def test_error_is_within_twice_pytorchs_own(similarity, dtype):
         similarity=similarity, scale=a, weight=w, reduction="none",
     )  # fmt: skip
     assert losses.dtype == dtype
-    assert_within_budget(losses.detach(), truth.detach(), eager.detach(), dtype, "loss")
+    logit = largest_logit(query, support, labels, similarity, scale, weight)
+    sizes = gradient_sizes(query, truth_grads, scale)
+    assert_within_budget(
+        losses.detach(), truth.detach(), eager.detach(), dtype, "loss", logit=logit
+    )
     grads = gradients(summed(losses), tensors)
     for i, (grad, expected, own) in enumerate(zip(grads, truth_grads, eager_grads, strict=True)):
         assert_within_budget(
-            grad, expected, own, dtype, f"gradient {i}", 16 if i < 2 else 8 * labels.numel() ** 0.5
+            grad, expected, own, dtype, f"gradient {i}", logit=logit, magnitude=sizes[i]
         )
 
 
@@ -111,7 +118,7 @@ def test_gradcheck_and_gradgradcheck(similarity):
     assert gradgradcheck(losses, inputs)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "additive"])
+@pytest.mark.parametrize("similarity", ["additive"])
 def test_opcheck(similarity):
     query, support, labels, targets, scale, weight = SMALL.make(similarity=similarity)
     weight = None if weight is None else weight.reshape(1, -1)
