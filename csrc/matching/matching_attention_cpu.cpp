@@ -47,9 +47,8 @@ struct Panel {
   IntVec<A>* targets;
 };
 
-template <class S>
+template <class A>
 struct Job {
-  using A = Acc<S>;
   const Problem& p;
   const int64_t* start;
   Chunk chunk;
@@ -58,7 +57,7 @@ struct Job {
 
   // Merges the held classes into the log-sum-exp and hands them on.
   template <int NV>
-  void flush(Panel<A>& x) const {
+  __attribute__((noinline)) void flush(Panel<A>& x) const {
     constexpr int kW = kWidth<A>, kL = NV * kW;
     if (x.held == 0) return;
     FASTMETA_UNROLL
@@ -109,7 +108,7 @@ struct Job {
 
   // Scores of sorted supports [begin, begin + n) are in `tile`: runs of one class after the other.
   template <int NV>
-  void process(Panel<A>& x, int64_t begin, int64_t n, int64_t first_class, const A* tile) const {
+  __attribute__((noinline)) void process(Panel<A>& x, int64_t begin, int64_t n, int64_t first_class, const A* tile) const {
     constexpr int kW = kWidth<A>, kL = NV * kW;
     if (begin == chunk.begin) {
       FASTMETA_UNROLL
@@ -234,7 +233,7 @@ void run_job(const Plan& plan, int64_t index) {
   IntVec<A>* targets = scratch.take<IntVec<A>>(lanes / kWidth<A>);
   int64_t* ids = scratch.take<int64_t>((last - first) * kClassBuffer);
 
-  const Job<S> job{p, start, make_chunk(start, p.num_classes, k, plan.chunks), whole,
+  const Job<A> job{p, start, make_chunk(start, p.num_classes, k, plan.chunks), whole,
                    static_cast<A*>(plan.args->out) + t * p.num_queries * p.num_classes};
   const auto take = [&](int64_t n) {
     A* x = arrays;
