@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "IGNORE_INDEX",
@@ -75,11 +76,9 @@ def check_choice(function: str, argument: str, value: Any, choices: tuple[str, .
 
 def is_tracing(*tensors: Tensor) -> bool:
     """Whether data cannot be looked at: compiling, exporting, fake, meta, or inside a transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or any(t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
 
 
 def check_labels(
@@ -94,10 +93,10 @@ def check_labels(
     Only on the CPU and outside tracing: on CUDA the look would stall the stream. Kernels treat what
     gets past as padding.
     """
-    if labels.device.type != "cpu" or is_tracing(labels) or labels.numel() == 0:
+    if not labels.is_cpu or is_tracing(labels) or labels.numel() == 0:
         return
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low >= 0 and high < num_classes:
+    low, high = torch.aminmax(labels)
+    if low.item() >= 0 and high.item() < num_classes:
         return
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if wrong.any():

@@ -4,12 +4,15 @@ Schemas live in Python and every reference is registered for all devices
 (``CompositeExplicitAutograd``); the compiled extension only adds CPU and CUDA kernels over it. So a
 missing extension changes speed, not behaviour.
 
-Autograd has two routes, because a ``torch.library`` op with a registered autograd formula raises
-under ``torch.func`` transforms and gives forward-mode AD a silent zero:
+One derivative formula serves three routes, because each of torch's ways lacks something:
 
-* normally the raw op is called, whose formula ``register_autograd`` holds;
-* while functorch transforms or forward-mode AD are active, the same formula runs through a
-  ``torch.autograd.Function`` with a ``vmap`` rule. It has no ``jvp``: forward-mode AD raises there.
+* ``register_autograd`` on the raw op serves ``torch.compile``, ``torch.export`` and callers of
+  ``torch.ops.fastmeta``. It raises under ``torch.func`` transforms, gives forward-mode AD a silent
+  zero, and costs several times the kernel on small problems;
+* in eager mode a plain ``torch.autograd.Function`` calls the kernel below autograd: the least
+  overhead;
+* while functorch transforms or forward-mode AD are active, a ``torch.autograd.Function`` with a
+  ``vmap`` rule is taken. It has no ``jvp``: forward-mode AD raises there.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ Op = Callable[..., Any]
 #: Names of all ops defined so far, in order: what ``fastmeta info`` lists.
 OPS: list[str] = []
 
+# Private names of torch, bound here once, so that a torch without them fails at import.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 
 
 def _forward_ad_active() -> bool:
@@ -152,12 +157,71 @@ def define_op(
         spec, flat = _flatten(args)
         return _structured_output(raw, function.apply(spec, *flat), args)  # type: ignore[attr-defined]
 
+    eager_call = _eager_route(name, raw, setup_context, backward, function_backward)
+
     def call(*args: Any) -> Any:
         if _functorch_active() or _forward_ad_active():
             return functorch_call(*args)
-        return raw(*args)
+        if torch.compiler.is_compiling():
+            return raw(*args)
+        if torch.is_grad_enabled() and _requires_grad(args):
+            return eager_call(*args)
+        with _below_autograd():
+            return raw(*args)
 
     call.__name__ = name
+    return call
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and _requires_grad(arg):
+            return True
+    return False
+
+
+def _eager_route(
+    name: str,
+    raw: Any,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    flat_backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The op through an autograd Function of the old style, which torch calls fastest.
+
+    Its backward is the formula as it stands, or ``flat_backward`` for an op with list arguments.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with _below_autograd():
+            output = raw(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def flat_forward(ctx: Any, spec: Any, *flat: Any) -> Any:
+        args = _unflatten(spec, flat)
+        ctx.spec = spec
+        return _flat_output(forward(ctx, *args))
+
+    lists = any(str(a.type) == "List[Tensor]" for a in raw._schema.arguments)
+    function = type(
+        "".join(part.capitalize() for part in name.split("_")) + "Eager",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(flat_forward if lists else forward),
+            "backward": staticmethod(flat_backward if lists else backward),
+        },
+    )
+    if not lists:
+        return function.apply  # type: ignore[attr-defined, no-any-return]
+
+    def call(*args: Any) -> Any:
+        spec, flat = _flatten(args)
+        return _structured_output(raw, function.apply(spec, *flat), args)  # type: ignore[attr-defined]
+
     return call
 
 

@@ -66,45 +66,45 @@ class MatchingInputs:
             fail(ValueError, function, "labels", wanted, f"shape {list(labels.shape)}")
         labels = mask_labels(function, labels, lengths, mask, device)
         check_labels(function, "labels", labels, num_classes)
-
-        leading = [query.shape[:-2], support.shape[:-2], labels.shape[:-1]]
         scale = _scale_tensor(function, scale, acc, device)
-        if scale.numel() != 1:
-            leading.append(scale.shape)
         if (similarity == "additive") != (weight is not None):
             wanted = "given with similarity='additive', and only then"
-            fail(
-                ValueError,
-                function,
-                "weight",
-                wanted,
-                f"{similarity=} with weight={weight is not None}",
-            )
+            got = f"{similarity=} with weight={weight is not None}"
+            fail(ValueError, function, "weight", wanted, got)
         if weight is not None:
             check_float_tensor(function, "weight", weight, min_dim=1)
             if weight.shape[-1] != query.shape[-1] or weight.device != device:
                 wanted = f"of shape [..., D={query.shape[-1]}] on {device}"
-                fail(
-                    ValueError,
-                    function,
-                    "weight",
-                    wanted,
-                    f"{list(weight.shape)} on {weight.device}",
-                )
-            leading.append(weight.shape[:-1])
-        try:
-            self.leading = torch.broadcast_shapes(*leading)
-        except RuntimeError:
-            shapes = ", ".join(str(list(shape)) for shape in leading)
-            wanted = "of leading dimensions that broadcast"
-            fail(ValueError, function, "query, support, labels, scale", wanted, shapes)
+                got = f"{list(weight.shape)} on {weight.device}"
+                fail(ValueError, function, "weight", wanted, got)
+            weight = weight.to(acc)
+
+        self.leading = self._leading(query, support, labels, scale, weight)
         self.args = (
             self._fold(query, 2),
             self._fold(support, 2),
             self._fold(labels, 1),
-            scale.reshape(1) if scale.numel() == 1 else self._fold(scale, 0),
-            None if weight is None else self._fold_weight(weight.to(acc)),
+            self._fold(scale, 0) if scale.numel() != 1 else scale.reshape(1),
+            None if weight is None else self._fold_weight(weight),
         )
+
+    def _leading(
+        self, query: Tensor, support: Tensor, labels: Tensor, scale: Tensor, weight: Tensor | None
+    ) -> torch.Size:
+        """The leading (task) dimensions that the operands broadcast to."""
+        shapes = [query.shape[:-2], support.shape[:-2], labels.shape[:-1]]
+        if scale.numel() != 1:
+            shapes.append(scale.shape)
+        if weight is not None and weight.dim() > 1:
+            shapes.append(weight.shape[:-1])
+        if all(shape == shapes[0] for shape in shapes):
+            return shapes[0]
+        try:
+            return torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            got = ", ".join(str(list(shape)) for shape in shapes)
+            wanted = "of leading dimensions that broadcast"
+            fail(ValueError, self.function, "query, support, labels, scale", wanted, got)
 
     def _fold(self, tensor: Tensor, trailing: int) -> Tensor:
         """[..., *trailing] -> [T, *trailing]."""
@@ -127,8 +127,11 @@ class MatchingInputs:
         if targets.dim() < 1 or targets.shape[-1] != query.shape[1]:
             wanted = f"of shape [..., Q={query.shape[1]}], like query"
             fail(ValueError, self.function, "targets", wanted, f"shape {list(targets.shape)}")
+        shape = targets.shape[:-1]
         try:
-            fits = torch.broadcast_shapes(targets.shape[:-1], self.leading) == self.leading
+            fits = shape == self.leading or (
+                torch.broadcast_shapes(shape, self.leading) == self.leading
+            )
         except RuntimeError:
             fits = False
         if not fits:

@@ -56,13 +56,15 @@ def segment_mean(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     if labels.dim() < 1 or labels.shape[-1] != values.shape[-2]:
         wanted = f"of shape [..., S={values.shape[-2]}], like values"
         fail(ValueError, name, "labels", wanted, f"shape {list(labels.shape)}")
+    labels = labels.long()
+    check_labels(name, "labels", labels, num_classes)
+    if values.dim() == 3 and labels.shape == values.shape[:2]:
+        return _segment_mean(values, labels, num_classes)  # type: ignore[no-any-return]
     try:
         leading = torch.broadcast_shapes(values.shape[:-2], labels.shape[:-1])
     except RuntimeError:
         wanted = f"of leading shape {list(values.shape[:-2])}, like values"
         fail(ValueError, name, "labels", wanted, f"shape {list(labels.shape)}")
-    labels = labels.long()
-    check_labels(name, "labels", labels, num_classes)
     tasks = math.prod(leading)
     rows, dim = values.shape[-2:]
     mean, count = _segment_mean(
