@@ -1,12 +1,10 @@
 // Matching attention on the CPU, backward.
 //
-// Scores are computed again, a tile at a time, and turned into dL/dz on the spot: with the
-// log-sum-exp of the class, off = lse + logp, and amplitude G - P sum G per (class, query lane)
-// made beforehand,
-//   dL/dz(q, i) = exp2(z - off) * amplitude          one exponential per pair.
-// While the tile is in the L1 cache it gives both gradients: rows of grad_query and of
-// grad_support. The parts along a vector itself (cosine, squared euclidean) are collected as one
-// number per row.
+// Scores are computed again, a tile at a time, and turned into dL/dz on the spot: with the share w
+// of a support in its class, made from the scores of the whole class, and the amplitude G - P sum G
+// per (class, query lane), made beforehand, dL/dz = w * amplitude: one exponential per pair. While
+// the tile is in the L1 cache it gives both gradients: rows of grad_query and of grad_support. The
+// parts along a vector itself (cosine, squared euclidean) are collected as one number per row.
 //
 // Floor: 3 T*Q*S*D multiply-adds. Never [Q, S] in memory.
 //
@@ -21,6 +19,7 @@ namespace fastmeta::matching::FASTMETA_ISA {
 
 namespace {
 
+constexpr int64_t kWholeRows = 256;  // classes up to this size are never cut, by block or by chunk
 constexpr int64_t kPartialBytes = int64_t{8}
                                   << 20;  // private partial gradients of all chunks together
 
@@ -64,10 +63,11 @@ struct Job {
   // block past all panels.
   bool resident;
   int64_t group, group_lanes;  // panels at a time
-  int64_t rows;                // supports per block
+  int64_t rows, capacity;      // supports per block: aimed at, at most
   Block<S> block;
   GradientPanel<A>* panel;
-  A *tile, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies, *grad_support_copies;
+  A *tile, *weights, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies,
+      *grad_support_copies;
   A* grad_weight;
   A* partial;
   IntVec<A>* targets;
@@ -94,12 +94,13 @@ struct Job {
     begin = 0, end = p.num_supports, c0 = 0, c1 = p.num_classes;
     if (!whole) {
       const int64_t valid = start[p.num_classes];
-      begin = by_query ? 0 : valid * k / plan.chunks;
-      end = by_query ? valid : valid * (k + 1) / plan.chunks;
+      begin = by_query ? 0 : boundary(k);
+      end = by_query ? valid : boundary(k + 1);
       while (c0 < p.num_classes && start[c0 + 1] <= begin) ++c0;
       while (c1 > c0 && start[c1 - 1] >= end) --c1;
     }
     rows = block_rows<A>(p.num_supports, p.dim);
+    capacity = min_of(kWholeRows, p.num_supports);
     resident = (end - begin) * p.dim * static_cast<int64_t>(sizeof(A)) <= kResidentBytes;
     group = resident ? 1 : last - first;
     group_lanes = resident ? kMaxLanes : panels.begin(last) - panels.begin(first);
@@ -110,23 +111,42 @@ struct Job {
                           index * (by_query ? p.num_supports : p.num_queries) * p.dim;
   }
 
+  // Where chunk `index` begins: not within a class of at most kWholeRows.
+  int64_t boundary(int64_t index) const {
+    const int64_t valid = start[p.num_classes], at = valid * index / plan.chunks;
+    if (at == valid) return valid;
+    const int64_t c = class_at(start, p.num_classes, at);
+    return start[c + 1] - start[c] <= kWholeRows ? start[c] : at;
+  }
+
+  // Supports in the block that begins at `at`: whole classes, but for those above kWholeRows.
+  int64_t block_size(int64_t at) const {
+    if (nll && at == 0 && end == start[p.num_classes] && end <= kWholeRows) return end;
+    const int64_t n = min_of(rows, end - at);
+    if (n == end - at) return n;
+    const int64_t c = class_at(start, p.num_classes, at + n - 1);
+    const int64_t size = start[c + 1] - start[c];
+    if (start[c + 1] == at + n || size > kWholeRows) return n;
+    return start[c] > at ? start[c] - at : size;
+  }
+
   void allocate(Scratch& scratch) {
-    const int64_t capacity = resident ? end - begin : rows, dim = p.dim;
+    const int64_t slots = resident ? end - begin : capacity, dim = p.dim;
     const int64_t tables = 2 + 2 * (nll ? 2 : c1 - c0), stride = copy_stride<S>(dim);
     const int64_t query_copied = copies_rows<S>(dim) ? group_lanes * stride : 0;
     const int64_t half_rows = kIsHalf<S> ? group_lanes * dim : 0;
-    const int64_t half_supports = kIsHalf<S> ? capacity * dim : 0;
+    const int64_t half_supports = kIsHalf<S> ? slots * dim : 0;
     const int64_t own_rows = whole ? p.num_supports : 0,
                   own_classes = whole ? p.num_classes + 1 : 0;
     scratch.reset(Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
-                  Scratch::size_of<GradientPanel<A>>(group) + Block<S>::bytes(capacity, dim) +
-                  Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(group_lanes * dim) +
+                  Scratch::size_of<GradientPanel<A>>(group) + Block<S>::bytes(slots, dim) +
+                  2 * Scratch::size_of<A>(capacity * kMaxLanes) +
+                  Scratch::size_of<A>(group_lanes * dim) +
                   Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
                   Scratch::size_of<A>(query_copied) + Scratch::size_of<A>(half_rows) +
                   Scratch::size_of<A>(half_supports) + Scratch::size_of<A>(additive ? dim : 0) +
-                  Scratch::size_of<IntVec<A>>(group_lanes / kW) +
-                  Scratch::size_of<Vec<A>>(capacity) + 2 * Scratch::size_of<A*>(group_lanes) +
-                  Scratch::size_of<A*>(capacity));
+                  Scratch::size_of<IntVec<A>>(group_lanes / kW) + Scratch::size_of<Vec<A>>(slots) +
+                  2 * Scratch::size_of<A*>(group_lanes) + Scratch::size_of<A*>(slots));
     if (whole) {
       int64_t* own_order = scratch.take<int64_t>(own_rows);
       int64_t* own_start = scratch.take<int64_t>(own_classes);
@@ -135,8 +155,9 @@ struct Job {
       start = own_start;
     }
     panel = scratch.take<GradientPanel<A>>(group);
-    block.allocate(scratch, capacity, dim);
-    tile = scratch.take<A>(rows * kMaxLanes);
+    block.allocate(scratch, slots, dim);
+    tile = scratch.take<A>(capacity * kMaxLanes);
+    weights = scratch.take<A>(capacity * kMaxLanes);
     packed = scratch.take<A>(group_lanes * dim);
     arrays = scratch.take<A>(group_lanes * tables);
     grad_sum = scratch.take<A>(kMaxLanes);
@@ -145,10 +166,10 @@ struct Job {
     grad_support_copies = scratch.take<A>(half_supports);
     grad_weight = scratch.take<A>(additive ? dim : 0);
     targets = scratch.take<IntVec<A>>(group_lanes / kW);
-    row_own = scratch.take<Vec<A>>(capacity);
+    row_own = scratch.take<Vec<A>>(slots);
     query_rows = scratch.take<const A*>(group_lanes);
     grad_query_rows = scratch.take<A*>(group_lanes);
-    grad_support_rows = scratch.take<A*>(capacity);
+    grad_support_rows = scratch.take<A*>(slots);
   }
 
   // Makes ready panel i of the group that begins at panel g.
@@ -260,12 +281,19 @@ struct Job {
     A* const* to = grad_support_rows + slot;
     const Finish<A> finish{p.similarity, terms, needs_norms(p.similarity) ? x.terms : nullptr,
                            A(1)};
+    const A factor = task.scale * Const<A>::kLog2e;
     double scale_sum = 0;
     with_vectors(x.vectors, [&](auto nv) {
       constexpr int kNV = decltype(nv)::value;
       score_block<A, kNV>(supports, n, x.packed, p.dim, task.weight, finish, tile);
-      scale_sum = coefficients_of<A, kNV>(p.similarity, x, start, first_class, c0, nll, at, n,
-                                          terms, task.scale, tile, row_own + slot);
+      if (nll) {
+        const bool all = at == 0 && n == start[p.num_classes];
+        target_weights<A, kNV>(x, start, first_class, at, n, all, factor, tile, weights);
+      } else {
+        class_weights<A, kNV>(x, start, first_class, c0, at, n, factor, tile, weights);
+      }
+      scale_sum = coefficients_of<A, kNV>(p.similarity, x, n, terms, task.scale, weights, tile,
+                                          row_own + slot);
     });
     if (additive) {
       additive_gradients<A>(tile, width, supports, n, x.rows, x.count, p.dim, task.weight, to,
@@ -290,8 +318,10 @@ struct Job {
       const int64_t g_end = min_of(last, g + group);
       for (int64_t i = g; i < g_end; ++i) open_panel(i, g);
       int64_t first_class = c0;
-      for (int64_t at = begin; at < end; at += rows) {
-        const int64_t n = min_of(rows, end - at), slot = resident ? at - begin : 0;
+      int64_t n = 0;
+      for (int64_t at = begin; at < end; at += n) {
+        n = block_size(at);
+        const int64_t slot = resident ? at - begin : 0;
         if (!resident || g == first) open_block(at, n, slot);
         while (start[first_class + 1] <= at) ++first_class;
         for (int64_t i = g; i < g_end; ++i) {

@@ -108,7 +108,8 @@ struct Job {
 
   // Scores of sorted supports [begin, begin + n) are in `tile`: runs of one class after the other.
   template <int NV>
-  __attribute__((noinline)) void process(Panel<A>& x, int64_t begin, int64_t n, int64_t first_class, const A* tile) const {
+  __attribute__((noinline)) void process(Panel<A>& x, int64_t begin, int64_t n, int64_t first_class,
+                                         const A* tile) const {
     constexpr int kW = kWidth<A>, kL = NV * kW;
     if (begin == chunk.begin) {
       FASTMETA_UNROLL

@@ -29,16 +29,6 @@ struct Chunk {
   int64_t class_begin, class_end;  // classes wholly inside or empty, for which this chunk answers
 };
 
-// Class holding sorted position i, which is valid.
-static inline int64_t class_at(const int64_t* start, int64_t num_classes, int64_t i) {
-  int64_t low = 0, high = num_classes;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (start[middle] <= i ? low : high) = middle;
-  }
-  return low;
-}
-
 static inline Chunk make_chunk(const int64_t* start, int64_t num_classes, int64_t index,
                                int64_t chunks) {
   const int64_t valid = start[num_classes];

@@ -92,64 +92,154 @@ static void target_tables(const A* grad, const A* nll, const A* lse, const int64
   }
 }
 
-// Turns similarities into coefficients of the gradients, in place, for sorted supports
-// [begin, begin + n). row_own[r] (a vector) collects what support r's own vector receives.
-// Returns sum dz * similarity.
+// dL/dz of sorted supports [begin, begin + n) from their similarities. Shares within a class that
+// lies whole in the block are normalised by its own sum, so that they add up to 1 however large the
+// scores: lse and logp carry the rounding of numbers as large as the scores themselves, an error
+// common to the class that would not cancel. Classes cut by the block take their log-sum-exp from
+// lse and logp.
+template <class A, int NV>
+static __attribute__((noinline)) void class_weights(const GradientPanel<A>& x, const int64_t* start,
+                                                    int64_t first_class, int64_t table_class,
+                                                    int64_t begin, int64_t n, A factor,
+                                                    const A* tile, A* weights) {
+  constexpr int kW = kWidth<A>, kL = NV * kW;
+  int64_t c = first_class;
+  for (int64_t i = begin; i < begin + n; ++c) {
+    const int64_t end = min_of(start[c + 1], begin + n);
+    if (end <= i) continue;
+    const A* sim = tile + (i - begin) * kL;
+    A* out = weights + (i - begin) * kL;
+    const int64_t count = end - i;
+    const bool complete = i == start[c] && end == start[c + 1];
+    i = end;
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = (c - table_class) * kL + v * kW;
+      const Vec<A> amplitude = load(x.amplitude + at);
+      if (complete && count == 1) {
+        store(out + v * kW, amplitude);
+        continue;
+      }
+      Vec<A> most = load(x.off + at), share = amplitude;
+      if (complete) {
+        most = splat<A>(Const<A>::kLowest);
+        for (int64_t r = 0; r < count; ++r)
+          most = vmax<A>(most, load(sim + r * kL + v * kW) * factor);
+        most = vmax<A>(splat<A>(Const<A>::kLowest), most);
+        Vec<A> sum{};
+        for (int64_t r = 0; r < count; ++r) {
+          const Vec<A> e = vexp2<A>(load(sim + r * kL + v * kW) * factor - most);
+          sum += e;
+          store(out + r * kL + v * kW, e);
+        }
+        const Vec<A> zero{};
+        share = sum == A(0) ? zero : amplitude / sum;
+        for (int64_t r = 0; r < count; ++r) {
+          store(out + r * kL + v * kW, load(out + r * kL + v * kW) * share);
+        }
+        continue;
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        store(out + r * kL + v * kW, vexp2<A>(load(sim + r * kL + v * kW) * factor - most) * share);
+      }
+    }
+  }
+}
+
+// The same for nll. all: the block holds every support of the task, which normalises exactly.
+template <class A, int NV>
+static __attribute__((noinline)) void target_weights(const GradientPanel<A>& x,
+                                                     const int64_t* start, int64_t first_class,
+                                                     int64_t begin, int64_t n, bool all, A factor,
+                                                     const A* tile, A* weights) {
+  constexpr int kW = kWidth<A>, kL = NV * kW;
+  for (int v = 0; v < NV; ++v) {
+    const A* sim = tile + v * kW;
+    A* out = weights + v * kW;
+    const auto maximum = [&](int64_t from, int64_t to) {
+      Vec<A> most = splat<A>(Const<A>::kLowest);
+      for (int64_t i = from; i < to; ++i)
+        most = vmax<A>(most, load(sim + (i - begin) * kL) * factor);
+      return vmax<A>(splat<A>(Const<A>::kLowest), most);
+    };
+    Vec<A> others = load(x.off + v * kW), scale_others = load(x.amplitude + v * kW);
+    Vec<A> scale_target = load(x.amplitude + kL + v * kW);
+    if (all) others = maximum(begin, begin + n);
+    Vec<A> sum{}, target_sum{};
+    const Vec<A> zero{};
+    for (int pass = 0; pass < 2; ++pass) {
+      int64_t c = first_class;
+      for (int64_t i = begin; i < begin + n; ++c) {
+        const int64_t end = min_of(start[c + 1], begin + n);
+        if (end <= i) continue;
+        const auto hit = x.targets[v] == IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(c);
+        if (pass == 0) {
+          const Vec<A> own = all ? maximum(i, end) : load(x.off + kL + v * kW);
+          const Vec<A> most = hit ? own : others;
+          Vec<A> run{};
+          for (int64_t r = i; r < end; ++r) {
+            const Vec<A> e = vexp2<A>(load(sim + (r - begin) * kL) * factor - most);
+            run += e;
+            store(out + (r - begin) * kL, e);
+          }
+          if (all) {
+            sum += hit ? run * vexp2<A>(own - others) : run;
+            target_sum = hit ? run : target_sum;
+          }
+        } else {
+          const Vec<A> share = hit ? scale_target : scale_others;
+          for (int64_t r = i; r < end; ++r) {
+            store(out + (r - begin) * kL, load(out + (r - begin) * kL) * share);
+          }
+        }
+        i = end;
+      }
+      if (all && pass == 0) {
+        scale_others = sum == A(0) ? zero : scale_others / sum;
+        scale_target = target_sum == A(0) ? zero : scale_target / target_sum;
+      }
+    }
+  }
+}
+
+// From dL/dz (weights) and similarities (tile) to the coefficients of the gradients, into the tile,
+// for n supports. row_own[r] (a vector) collects what support r's own vector receives. Returns sum
+// dL/dz * similarity.
 template <class A, Similarity kSim, int NV>
-static double coefficients(const GradientPanel<A>& x, const int64_t* start, int64_t first_class,
-                           int64_t table_class, bool nll, int64_t begin, int64_t n, const A* terms,
-                           A scale, A* tile, Vec<A>* row_own) {
+static __attribute__((noinline)) double coefficients(const GradientPanel<A>& x, int64_t n,
+                                                     const A* terms, A scale, const A* weights,
+                                                     A* tile, Vec<A>* row_own) {
   constexpr int kW = kWidth<A>, kL = NV * kW;
   constexpr bool kOwn = kSim == Similarity::kCosine || kSim == Similarity::kSqEuclidean;
-  const A factor = scale * Const<A>::kLog2e;
   Vec<A> own[NV] = {}, lane[NV] = {}, scale_sum[NV] = {};
   if constexpr (kSim == Similarity::kCosine) {
     FASTMETA_UNROLL
     for (int v = 0; v < NV; ++v) lane[v] = load(x.terms + v * kW);
   }
-  int64_t c = first_class;
-  for (int64_t i = begin; i < begin + n; ++c) {
-    const int64_t end = min_of(start[c + 1], begin + n);
-    if (end <= i) continue;
-    Vec<A> off[NV], amplitude[NV];
+  for (int64_t r = 0; r < n; ++r) {
+    A* t = tile + r * kL;
+    Vec<A> row{};
     FASTMETA_UNROLL
     for (int v = 0; v < NV; ++v) {
-      if (nll) {
-        const IntVec<A> id = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(c);
-        const auto hit = x.targets[v] == id;
-        off[v] = hit ? load(x.off + kL + v * kW) : load(x.off + v * kW);
-        amplitude[v] = hit ? load(x.amplitude + kL + v * kW) : load(x.amplitude + v * kW);
-      } else {
-        off[v] = load(x.off + (c - table_class) * kL + v * kW);
-        amplitude[v] = load(x.amplitude + (c - table_class) * kL + v * kW);
+      const Vec<A> sim = load(t + v * kW), dz = load(weights + r * kL + v * kW);
+      scale_sum[v] += dz * sim;
+      Vec<A> g = dz * scale;
+      if constexpr (kSim == Similarity::kCosine) {
+        const Vec<A> along = g * sim;
+        own[v] += along;
+        row += along;
+        g *= lane[v] * terms[r];
+      } else if constexpr (kSim == Similarity::kSqEuclidean) {
+        g += g;
+        own[v] += g;
+        row += g;
+      } else if constexpr (kSim == Similarity::kEuclidean) {
+        const Vec<A> zero{};
+        g = sim == A(0) ? zero : g / -sim;
       }
+      store(t + v * kW, g);
     }
-    for (; i < end; ++i) {
-      A* t = tile + (i - begin) * kL;
-      Vec<A> row{};
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<A> sim = load(t + v * kW);
-        const Vec<A> dz = vexp2<A>(sim * factor - off[v]) * amplitude[v];
-        scale_sum[v] += dz * sim;
-        Vec<A> g = dz * scale;
-        if constexpr (kSim == Similarity::kCosine) {
-          const Vec<A> along = g * sim;
-          own[v] += along;
-          row += along;
-          g *= lane[v] * terms[i - begin];
-        } else if constexpr (kSim == Similarity::kSqEuclidean) {
-          g += g;
-          own[v] += g;
-          row += g;
-        } else if constexpr (kSim == Similarity::kEuclidean) {
-          const Vec<A> zero{};
-          g = sim == A(0) ? zero : g / -sim;
-        }
-        store(t + v * kW, g);
-      }
-      if constexpr (kOwn) row_own[i - begin] += row;
-    }
+    if constexpr (kOwn) row_own[r] += row;
   }
   Vec<A> total{};
   FASTMETA_UNROLL
@@ -161,15 +251,12 @@ static double coefficients(const GradientPanel<A>& x, const int64_t* start, int6
 }
 
 template <class A, int NV>
-static double coefficients_of(Similarity similarity, const GradientPanel<A>& x,
-                              const int64_t* start, int64_t first_class, int64_t table_class,
-                              bool nll, int64_t begin, int64_t n, const A* terms, A scale, A* tile,
-                              Vec<A>* row_own) {
+static double coefficients_of(Similarity similarity, const GradientPanel<A>& x, int64_t n,
+                              const A* terms, A scale, const A* weights, A* tile, Vec<A>* row_own) {
   switch (similarity) {
-#define FASTMETA_CASE(name)                                                                      \
-  case Similarity::name:                                                                         \
-    return coefficients<A, Similarity::name, NV>(x, start, first_class, table_class, nll, begin, \
-                                                 n, terms, scale, tile, row_own);
+#define FASTMETA_CASE(name) \
+  case Similarity::name:    \
+    return coefficients<A, Similarity::name, NV>(x, n, terms, scale, weights, tile, row_own);
     FASTMETA_CASE(kDot)
     FASTMETA_CASE(kCosine)
     FASTMETA_CASE(kSqEuclidean)

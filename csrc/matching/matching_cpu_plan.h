@@ -56,6 +56,16 @@ static inline int64_t jobs_per_task(const Problem& p) {
   return max_of<int64_t>(1, min_of(kJobs / p.num_tasks, task_work(p) / kJobWork));
 }
 
+// Class holding sorted position i, which is valid.
+static inline int64_t class_at(const int64_t* start, int64_t num_classes, int64_t i) {
+  int64_t low = 0, high = num_classes;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (start[middle] <= i ? low : high) = middle;
+  }
+  return low;
+}
+
 // A task of the problem with typed pointers.
 template <class S>
 struct Task {

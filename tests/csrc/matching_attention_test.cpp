@@ -350,6 +350,30 @@ TEST(MatchingAttention, FarClassesKeepTheirDigits) {
   }
 }
 
+// dL/dz adds up to 0 over the supports of a query however large the scores: shares are normalised
+// by their own sum, not by a log-sum-exp rounded to the size of the scores. A feature that is 1 in
+// every support and 0 in every query reads that sum off grad_query.
+TEST(MatchingAttention, ScoreGradientsAddUpToZeroAtLargeScores) {
+  constexpr int64_t kQueries = 40, kSupports = 60, kClasses = 4, kDim = 8;
+  for (const Isa& isa : isas()) {
+    for (const bool nll : {false, true}) {
+      Case<float> c =
+          make_case<float>(Similarity::kDot, {1, kQueries, kSupports, kClasses, kDim}, nll);
+      c.scale[0] = 4096;
+      for (int64_t q = 0; q < kQueries; ++q) c.query[q * kDim] = 0;
+      for (int64_t i = 0; i < kSupports; ++i) c.support[i * kDim] = 1;
+      const Result<float> got = run(isa, c, serial_for);
+      for (int64_t q = 0; q < kQueries; ++q) {
+        double size = 0;
+        for (int64_t k = 0; k < (nll ? 1 : kClasses); ++k) {
+          size += std::fabs(c.grad[q * (nll ? 1 : kClasses) + k]);
+        }
+        EXPECT_NEAR(got.grad_query[q * kDim] / 4096, 0, 4e-6 * size) << isa.name << " query " << q;
+      }
+    }
+  }
+}
+
 TEST(MatchingAttention, NanTouchesItsQueryOrTaskOnly) {
   for (const Isa& isa : isas()) {
     for (const Similarity s : kAll) {
