@@ -1,6 +1,6 @@
-// The pybind11 module fastmeta._C: importing it registers the CPU kernels with torch. What it offers
-// itself is no torch op: how it was built, the instruction sets, and the torch-free kernels on NumPy
-// arrays, for tests and micro-benchmarks of one instruction set at a time.
+// The pybind11 module fastmeta._C: importing it registers the CPU kernels with torch. What it
+// offers itself is no torch op: how it was built, the instruction sets, and the torch-free kernels
+// on NumPy arrays, for tests and micro-benchmarks of one instruction set at a time.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -64,7 +64,8 @@ struct MatchingCall {
                std::optional<Array<T>> w)
       : query(q), support(s), scale(a), labels(y), targets(t), weight(w) {
     if (q.ndim() != 3 || s.ndim() != 3 || y.ndim() != 2 || a.ndim() != 1) {
-      throw std::invalid_argument("expected query [T,Q,D], support [T,S,D], labels [T,S], scale [T or 1]");
+      throw std::invalid_argument(
+          "expected query [T,Q,D], support [T,S,D], labels [T,S], scale [T or 1]");
     }
     problem.dtype = dtype_of<T>();
     problem.similarity = similarity_of(similarity);
@@ -73,13 +74,13 @@ struct MatchingCall {
     problem.num_supports = s.shape(1);
     problem.num_classes = num_classes;
     problem.dim = q.shape(2);
-    const bool fits = s.shape(0) == q.shape(0) && s.shape(2) == q.shape(2) &&
-                      y.shape(0) == q.shape(0) && y.shape(1) == s.shape(1) &&
-                      (a.shape(0) == 1 || a.shape(0) == q.shape(0)) &&
-                      (!t || (t->ndim() == 2 && t->shape(0) == q.shape(0) && t->shape(1) == q.shape(1))) &&
-                      (w.has_value() == (similarity == "additive")) &&
-                      (!w || (w->ndim() == 2 && w->shape(1) == q.shape(2) &&
-                              (w->shape(0) == 1 || w->shape(0) == q.shape(0))));
+    const bool fits =
+        s.shape(0) == q.shape(0) && s.shape(2) == q.shape(2) && y.shape(0) == q.shape(0) &&
+        y.shape(1) == s.shape(1) && (a.shape(0) == 1 || a.shape(0) == q.shape(0)) &&
+        (!t || (t->ndim() == 2 && t->shape(0) == q.shape(0) && t->shape(1) == q.shape(1))) &&
+        (w.has_value() == (similarity == "additive")) &&
+        (!w || (w->ndim() == 2 && w->shape(1) == q.shape(2) &&
+                (w->shape(0) == 1 || w->shape(0) == q.shape(0))));
     if (!fits) throw std::invalid_argument("array shapes do not fit together");
     problem.query = query.data();
     problem.support = support.data();
@@ -104,7 +105,8 @@ py::tuple matching_forward(const std::string& isa, Array<T> query, Array<T> supp
                            Array<int64_t> labels, Array<T> scale, int64_t num_classes,
                            const std::string& similarity, std::optional<Array<int64_t>> targets,
                            std::optional<Array<T>> weight) {
-  const MatchingCall<T> call(query, support, labels, scale, num_classes, similarity, targets, weight);
+  const MatchingCall<T> call(query, support, labels, scale, num_classes, similarity, targets,
+                             weight);
   py::array_t<T> out(call.out_shape());
   py::array_t<T> lse({call.problem.num_tasks, call.problem.num_queries});
   const matching::Forward args{call.problem, out.mutable_data(), lse.mutable_data()};
@@ -116,20 +118,26 @@ template <class T>
 py::tuple matching_backward(const std::string& isa, Array<T> grad, Array<T> out, Array<T> lse,
                             Array<T> query, Array<T> support, Array<int64_t> labels, Array<T> scale,
                             int64_t num_classes, const std::string& similarity,
-                            std::optional<Array<int64_t>> targets,
-                            std::optional<Array<T>> weight) {
-  const MatchingCall<T> call(query, support, labels, scale, num_classes, similarity, targets, weight);
+                            std::optional<Array<int64_t>> targets, std::optional<Array<T>> weight) {
+  const MatchingCall<T> call(query, support, labels, scale, num_classes, similarity, targets,
+                             weight);
   const matching::Problem& p = call.problem;
   int64_t out_size = p.num_tasks * p.num_queries * (targets ? 1 : num_classes);
-  if (grad.size() != out_size || out.size() != out_size || lse.size() != p.num_tasks * p.num_queries) {
+  if (grad.size() != out_size || out.size() != out_size ||
+      lse.size() != p.num_tasks * p.num_queries) {
     throw std::invalid_argument("grad, out or lse does not fit the problem");
   }
   py::array_t<T> grad_query({p.num_tasks, p.num_queries, p.dim});
   py::array_t<T> grad_support({p.num_tasks, p.num_supports, p.dim});
   py::array_t<T> grad_scale(p.num_tasks);
   py::array_t<T> grad_weight({p.num_tasks, weight ? p.dim : 0});
-  const matching::Backward args{p, grad.data(), out.data(), lse.data(), grad_query.mutable_data(),
-                                grad_support.mutable_data(), grad_scale.mutable_data(),
+  const matching::Backward args{p,
+                                grad.data(),
+                                out.data(),
+                                lse.data(),
+                                grad_query.mutable_data(),
+                                grad_support.mutable_data(),
+                                grad_scale.mutable_data(),
                                 weight ? grad_weight.mutable_data() : nullptr};
   FASTMETA_DISPATCH(checked_isa(isa), matching, backward, args, serial_for);
   return py::make_tuple(grad_query, grad_support, grad_scale, grad_weight);
@@ -144,9 +152,9 @@ py::tuple segment_mean(const std::string& isa, Array<T> values, Array<int64_t> l
   }
   py::array_t<T> mean({values.shape(0), static_cast<py::ssize_t>(num_classes), values.shape(2)});
   py::array_t<T> count({values.shape(0), static_cast<py::ssize_t>(num_classes)});
-  const segment::Mean args{dtype_of<T>(), values.shape(0), values.shape(1), num_classes,
-                           values.shape(2), values.data(), labels.data(), mean.mutable_data(),
-                           count.mutable_data()};
+  const segment::Mean args{dtype_of<T>(), values.shape(0),     values.shape(1),
+                           num_classes,   values.shape(2),     values.data(),
+                           labels.data(), mean.mutable_data(), count.mutable_data()};
   FASTMETA_DISPATCH(checked_isa(isa), segment, mean, args, serial_for);
   return py::make_tuple(mean, count);
 }
@@ -155,8 +163,8 @@ template <class T>
 py::array_t<T> sgd_update(const std::string& isa, Array<T> param, Array<T> grad, T lr) {
   if (param.size() != grad.size()) throw std::invalid_argument("param and grad differ in size");
   py::array_t<T> out(std::vector<py::ssize_t>(grad.shape(), grad.shape() + grad.ndim()));
-  const update::SgdTensor tensor{1, grad.size(), {param.data(), 0, 1}, {grad.data(), 0, 1},
-                                 {&lr, 0, 0}, out.mutable_data()};
+  const update::SgdTensor tensor{
+      1, grad.size(), {param.data(), 0, 1}, {grad.data(), 0, 1}, {&lr, 0, 0}, out.mutable_data()};
   const update::Sgd args{dtype_of<T>(), dtype_of<T>(), 1, &tensor};
   FASTMETA_DISPATCH(checked_isa(isa), update, sgd, args, serial_for);
   return out;
@@ -193,11 +201,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastmeta; importing registers them with torch.";
   m.def("compiler", &compiler, "Compiler that built this module.");
   m.def("available_isas", &available_isas, "Instruction sets that this build and machine have.");
-  m.def("current_isa", [] { return std::string(isa_name(current_isa())); },
-        "Instruction set whose kernels run.");
-  m.def("set_isa", [](const std::string& name) { mutable_isa() = checked_isa(name); },
-        "Choose the instruction set, for tests that walk all of them; not thread safe.");
-  py::module_ kernels = m.def_submodule("kernels", "The torch-free kernels on NumPy arrays, serial.");
+  m.def(
+      "current_isa", [] { return std::string(isa_name(current_isa())); },
+      "Instruction set whose kernels run.");
+  m.def(
+      "set_isa", [](const std::string& name) { mutable_isa() = checked_isa(name); },
+      "Choose the instruction set, for tests that walk all of them; not thread safe.");
+  py::module_ kernels =
+      m.def_submodule("kernels", "The torch-free kernels on NumPy arrays, serial.");
   bind_kernels<float>(kernels);
   bind_kernels<double>(kernels);
   current_isa();  // a wrong FASTMETA_CPU_ISA is reported at import

@@ -37,7 +37,8 @@ inline Isa parse_isa(const std::string& text) {
                               "'");
 }
 
-// Chosen once: the best set, or a lower one that FASTMETA_CPU_ISA names. It never goes above the best.
+// Chosen once: the best set, or a lower one that FASTMETA_CPU_ISA names. It never goes above the
+// best.
 inline Isa& mutable_isa() {
   static Isa chosen = [] {
     const char* cap = std::getenv("FASTMETA_CPU_ISA");
@@ -50,15 +51,22 @@ inline Isa& mutable_isa() {
 }
 inline Isa current_isa() { return mutable_isa(); }
 
-// FASTMETA_DISPATCH(isa, matching, forward, args...) calls fastmeta::matching::<isa>::forward(args...).
+// FASTMETA_DISPATCH(isa, matching, forward, args...) calls
+// fastmeta::matching::<isa>::forward(args...).
 #if defined(FASTMETA_X86)
-#define FASTMETA_DISPATCH(isa, family, function, ...)                                    \
-  do {                                                                                   \
-    switch (isa) {                                                                       \
-      case ::fastmeta::Isa::kAvx512: ::fastmeta::family::avx512::function(__VA_ARGS__); break; \
-      case ::fastmeta::Isa::kAvx2: ::fastmeta::family::avx2::function(__VA_ARGS__); break;     \
-      default: ::fastmeta::family::baseline::function(__VA_ARGS__); break;               \
-    }                                                                                    \
+#define FASTMETA_DISPATCH(isa, family, function, ...)        \
+  do {                                                       \
+    switch (isa) {                                           \
+      case ::fastmeta::Isa::kAvx512:                         \
+        ::fastmeta::family::avx512::function(__VA_ARGS__);   \
+        break;                                               \
+      case ::fastmeta::Isa::kAvx2:                           \
+        ::fastmeta::family::avx2::function(__VA_ARGS__);     \
+        break;                                               \
+      default:                                               \
+        ::fastmeta::family::baseline::function(__VA_ARGS__); \
+        break;                                               \
+    }                                                        \
   } while (0)
 #else
 #define FASTMETA_DISPATCH(isa, family, function, ...) \

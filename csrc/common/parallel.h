@@ -1,4 +1,5 @@
-// How a torch-free kernel asks for threads: the caller (torch bridge, test, benchmark) owns the pool.
+// How a torch-free kernel asks for threads: the caller (torch bridge, test, benchmark) owns the
+// pool.
 #pragma once
 #include <cstdint>
 

@@ -2,8 +2,8 @@
 //
 // A bridge file is compiled twice: for the CPU into fastmeta._C, and with FASTMETA_CUDA into
 // fastmeta._C_cuda, so that a build with CUDA still serves where no CUDA torch is installed.
-// Arguments are checked in Python, where errors can name them; the checks here are the safety net of
-// those who call torch.ops.fastmeta.* themselves.
+// Arguments are checked in Python, where errors can name them; the checks here are the safety net
+// of those who call torch.ops.fastmeta.* themselves.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -34,11 +34,16 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "fastmeta: expected a floating dtype");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "fastmeta: expected a floating dtype");
   }
 }
 
@@ -81,8 +86,7 @@ inline void parallel_for(int64_t total, int64_t grain, RangeBody body, void* con
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
   }
   void* stream() const { return stream_; }
 

@@ -2,11 +2,13 @@
 //
 //   z(q, i)     = scale * similarity(query_q, support_i)
 //   lse(q)      = logsumexp_i z(q, i)                       over the valid supports of the task
-//   logp(q, c)  = logsumexp_{i: y_i = c} z(q, i) - lse(q)   exactly -inf where class c has no support
-//   nll(q)      = -logp(q, target_q)                        0 where the target is outside [0, C)
+//   logp(q, c)  = logsumexp_{i: y_i = c} z(q, i) - lse(q)   exactly -inf where class c has no
+//   support nll(q)      = -logp(q, target_q)                        0 where the target is outside
+//   [0, C)
 //
 // A support is valid when its label lies in [0, C); any other label marks padding, so that kernels
-// are memory safe whatever the labels hold. A task without a valid support has lse = -inf, logp = -inf.
+// are memory safe whatever the labels hold. A task without a valid support has lse = -inf, logp =
+// -inf.
 //
 // Backward, with G = grad, P = exp(logp), w(q, i) = exp(z(q, i) - lse(q) - logp(q, y_i)):
 //   dL/dz(q, i) = w(q, i) * (G(q, y_i) - P(q, y_i) * sum_c G(q, c))
@@ -34,14 +36,14 @@ struct Problem {
   DType dtype;
   Similarity similarity;
   int64_t num_tasks, num_queries, num_supports, num_classes, dim;  // T, Q, S, C, D
-  const void* query;       // [T, Q, D] scalar
-  const void* support;     // [T, S, D] scalar
-  const int64_t* labels;   // [T, S]
+  const void* query;                                               // [T, Q, D] scalar
+  const void* support;                                             // [T, S, D] scalar
+  const int64_t* labels;                                           // [T, S]
   const int64_t* targets;  // [T, Q] for nll; nullptr for attention
   const void* scale;       // acc, [T] or, with scale_stride 0, [1]
   int64_t scale_stride;    // 1 or 0
-  const void* weight;      // acc, [T, D] or, with weight_stride 0, [1, D]; additive only, else nullptr
-  int64_t weight_stride;   // D or 0
+  const void* weight;  // acc, [T, D] or, with weight_stride 0, [1, D]; additive only, else nullptr
+  int64_t weight_stride;  // D or 0
 };
 
 struct Forward {
@@ -61,9 +63,9 @@ struct Backward {
   void* grad_weight;   // acc, [T, D]; nullptr unless additive
 };
 
-#define FASTMETA_MATCHING_CPU(ISA)                    \
-  namespace ISA {                                     \
-  void forward(const Forward& args, ParallelFor par); \
+#define FASTMETA_MATCHING_CPU(ISA)                      \
+  namespace ISA {                                       \
+  void forward(const Forward& args, ParallelFor par);   \
   void backward(const Backward& args, ParallelFor par); \
   }
 FASTMETA_MATCHING_CPU(baseline)
@@ -71,10 +73,10 @@ FASTMETA_MATCHING_CPU(avx2)
 FASTMETA_MATCHING_CPU(avx512)
 #undef FASTMETA_MATCHING_CPU
 
-// Launchers of matching_attention_cuda.cu. stream is a cudaStream_t of the current device; workspace is
-// device memory of *_workspace() bytes, 16-byte aligned, free to go once the stream has passed the call.
-// order [T, S] lists each task's supports sorted by class (stable), padding last; class_start
-// [T, C + 1] where each class begins in it.
+// Launchers of matching_attention_cuda.cu. stream is a cudaStream_t of the current device;
+// workspace is device memory of *_workspace() bytes, 16-byte aligned, free to go once the stream
+// has passed the call. order [T, S] lists each task's supports sorted by class (stable), padding
+// last; class_start [T, C + 1] where each class begins in it.
 namespace cuda {
 struct Sorted {
   const int64_t* order;

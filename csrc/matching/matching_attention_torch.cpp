@@ -45,10 +45,21 @@ struct Operands {
     const bool shared_scale = alpha.dim() == 1 && alpha.size(0) == 1;
     bridge::check_shape(alpha, "scale", {shared_scale ? 1 : tasks});
     bridge::check_dtype(alpha, "scale", acc);
-    problem = Problem{bridge::dtype_of(q), similarity_of(similarity), tasks, queries, supports,
-                      num_classes, dim, query.const_data_ptr(), support.const_data_ptr(),
-                      labels.const_data_ptr<int64_t>(), nullptr, scale.const_data_ptr(),
-                      shared_scale ? 0 : 1, nullptr, 0};
+    problem = Problem{bridge::dtype_of(q),
+                      similarity_of(similarity),
+                      tasks,
+                      queries,
+                      supports,
+                      num_classes,
+                      dim,
+                      query.const_data_ptr(),
+                      support.const_data_ptr(),
+                      labels.const_data_ptr<int64_t>(),
+                      nullptr,
+                      scale.const_data_ptr(),
+                      shared_scale ? 0 : 1,
+                      nullptr,
+                      0};
     if (t.has_value()) {
       bridge::check_shape(*t, "targets", {tasks, queries});
       bridge::check_dtype(*t, "targets", ScalarType::Long);
@@ -138,11 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Operands& ops, const T
   Tensor grad_support =
       bridge::empty(ops.query, {problem.num_tasks, problem.num_supports, problem.dim}, scalar);
   Tensor grad_scale = bridge::empty(ops.query, {problem.num_tasks}, acc);
-  Tensor grad_weight = bridge::empty(ops.query, {problem.num_tasks, additive ? problem.dim : 0}, acc);
-  run(ops, Backward{problem, grad_c.const_data_ptr(), out_c.const_data_ptr(),
-                    lse_c.const_data_ptr(), grad_query.mutable_data_ptr(),
-                    grad_support.mutable_data_ptr(), grad_scale.mutable_data_ptr(),
-                    additive ? grad_weight.mutable_data_ptr() : nullptr});
+  Tensor grad_weight =
+      bridge::empty(ops.query, {problem.num_tasks, additive ? problem.dim : 0}, acc);
+  run(ops,
+      Backward{problem, grad_c.const_data_ptr(), out_c.const_data_ptr(), lse_c.const_data_ptr(),
+               grad_query.mutable_data_ptr(), grad_support.mutable_data_ptr(),
+               grad_scale.mutable_data_ptr(), additive ? grad_weight.mutable_data_ptr() : nullptr});
   return {grad_query, grad_support, grad_scale, grad_weight};
 }
 

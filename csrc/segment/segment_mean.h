@@ -16,10 +16,10 @@ namespace fastmeta::segment {
 struct Mean {
   DType dtype;
   int64_t num_tasks, num_rows, num_classes, dim;  // T, S, C, D
-  const void* values;     // scalar, [T, S, D]
-  const int64_t* labels;  // [T, S]
-  void* mean;             // scalar, [T, C, D]
-  void* count;            // acc, [T, C]
+  const void* values;                             // scalar, [T, S, D]
+  const int64_t* labels;                          // [T, S]
+  void* mean;                                     // scalar, [T, C, D]
+  void* count;                                    // acc, [T, C]
 };
 
 // grad_values(t, i) = grad(t, y_ti) / count(t, y_ti), 0 at padding.
@@ -32,9 +32,9 @@ struct MeanBackward {
   void* grad_values;      // scalar, [T, S, D]
 };
 
-#define FASTMETA_SEGMENT_CPU(ISA)                              \
-  namespace ISA {                                              \
-  void mean(const Mean& args, ParallelFor par);                \
+#define FASTMETA_SEGMENT_CPU(ISA)                                \
+  namespace ISA {                                                \
+  void mean(const Mean& args, ParallelFor par);                  \
   void mean_backward(const MeanBackward& args, ParallelFor par); \
   }
 FASTMETA_SEGMENT_CPU(baseline)

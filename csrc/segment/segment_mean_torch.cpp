@@ -17,8 +17,15 @@ std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labe
   const Tensor v = bridge::contiguous(values), y = bridge::contiguous(labels);
   Tensor mean = bridge::empty(v, {tasks, num_classes, dim}, v.scalar_type());
   Tensor count = bridge::empty(v, {tasks, num_classes}, bridge::acc_type(v));
-  const Mean args{bridge::dtype_of(v), tasks, rows, num_classes, dim, v.const_data_ptr(),
-                  y.const_data_ptr<int64_t>(), mean.mutable_data_ptr(), count.mutable_data_ptr()};
+  const Mean args{bridge::dtype_of(v),
+                  tasks,
+                  rows,
+                  num_classes,
+                  dim,
+                  v.const_data_ptr(),
+                  y.const_data_ptr<int64_t>(),
+                  mean.mutable_data_ptr(),
+                  count.mutable_data_ptr()};
 #if defined(FASTMETA_CUDA)
   const bridge::CudaScope scope(v);
   cuda::mean(args, scope.stream());
@@ -39,8 +46,14 @@ Tensor segment_mean_backward(const Tensor& grad, const Tensor& labels, const Ten
   const Tensor g = bridge::contiguous(grad), y = bridge::contiguous(labels);
   const Tensor n = bridge::contiguous(count);
   Tensor grad_values = bridge::empty(g, {tasks, rows, dim}, g.scalar_type());
-  const MeanBackward args{bridge::dtype_of(g), tasks, rows, classes, dim, g.const_data_ptr(),
-                          y.const_data_ptr<int64_t>(), n.const_data_ptr(),
+  const MeanBackward args{bridge::dtype_of(g),
+                          tasks,
+                          rows,
+                          classes,
+                          dim,
+                          g.const_data_ptr(),
+                          y.const_data_ptr<int64_t>(),
+                          n.const_data_ptr(),
                           grad_values.mutable_data_ptr()};
 #if defined(FASTMETA_CUDA)
   const bridge::CudaScope scope(g);

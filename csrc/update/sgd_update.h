@@ -4,8 +4,8 @@
 //   backward   grad_grad = -lr * grad_out,   grad_lr = -sum over the broadcast of (grad_out * grad)
 //
 // Tensor p of the list is seen as [T_p, N_p] (tasks by elements of one task). An operand's value at
-// (t, n) is data[t * task_stride + n * element_stride]: (N, 1) for a tensor of its own per task, (0, 1)
-// for one shared by the tasks, (1, 0) for a number per task, (0, 0) for one number.
+// (t, n) is data[t * task_stride + n * element_stride]: (N, 1) for a tensor of its own per task,
+// (0, 1) for one shared by the tasks, (1, 0) for a number per task, (0, 0) for one number.
 #pragma once
 #include <cstdint>
 
@@ -26,7 +26,7 @@ struct SgdTensor {
 };
 
 struct Sgd {
-  DType dtype;  // of params, grads and out
+  DType dtype;     // of params, grads and out
   DType lr_dtype;  // acc type of dtype: float32, or float64
   int64_t num_tensors;
   const SgdTensor* tensors;  // host array
@@ -46,9 +46,9 @@ struct SgdBackward {
   const SgdBackwardTensor* tensors;
 };
 
-#define FASTMETA_UPDATE_CPU(ISA)                             \
-  namespace ISA {                                            \
-  void sgd(const Sgd& args, ParallelFor par);                \
+#define FASTMETA_UPDATE_CPU(ISA)                               \
+  namespace ISA {                                              \
+  void sgd(const Sgd& args, ParallelFor par);                  \
   void sgd_backward(const SgdBackward& args, ParallelFor par); \
   }
 FASTMETA_UPDATE_CPU(baseline)
@@ -57,9 +57,10 @@ FASTMETA_UPDATE_CPU(avx512)
 #undef FASTMETA_UPDATE_CPU
 
 namespace cuda {
-// Launchers of sgd_update_cuda.cu. stream is a cudaStream_t of the current device; the tensor lists are
-// read on the host before the call returns. workspace is device memory of sgd_backward_workspace()
-// bytes, 16-byte aligned. grad_grad or grad_lr may be nullptr where that gradient is not wanted.
+// Launchers of sgd_update_cuda.cu. stream is a cudaStream_t of the current device; the tensor lists
+// are read on the host before the call returns. workspace is device memory of
+// sgd_backward_workspace() bytes, 16-byte aligned. grad_grad or grad_lr may be nullptr where that
+// gradient is not wanted.
 void sgd(const Sgd& args, void* stream);
 int64_t sgd_backward_workspace(const SgdBackward& args);
 void sgd_backward(const SgdBackward& args, void* workspace, void* stream);

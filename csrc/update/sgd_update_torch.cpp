@@ -194,7 +194,8 @@ std::tuple<Tensors, Tensors> sgd_update_backward(const Tensors& grad_outs, const
       for (int64_t d = 0; d < static_cast<int64_t>(got.size()); ++d) {
         if (d < offset || wanted[d - offset] == 1) dims.push_back(d);
       }
-      grad_lr = torch::stable::reshape(torch::stable::sum(grad_lr, dims, true, std::nullopt), wanted);
+      grad_lr =
+          torch::stable::reshape(torch::stable::sum(grad_lr, dims, true, std::nullopt), wanted);
     }
     grad_lrs.push_back(grad_lr);
   }
