@@ -214,8 +214,8 @@ class MAML(nn.Module):
             learned rates and all floating inputs.
 
         Raises:
-            ValueError: The inputs do not fit each other or the model; labels out of range on the CPU
-                (CUDA labels are not looked at, as that would stall the stream).
+            ValueError: The inputs do not fit each other or the model; CPU labels out of range
+                (CUDA labels are not looked at: that would stall the stream).
             TypeError: An input is of the wrong type or dtype.
             RuntimeError: No adapted parameter influences the loss, or this is called within
                 ``torch.func.vmap``. Errors of the model surface as they are.
