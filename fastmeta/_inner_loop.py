@@ -21,15 +21,14 @@ from fastmeta._inner_losses import Loss, Supports, task_loss
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
 from fastmeta._recompute import recompute, rng_restore, rng_state
 from fastmeta.errors import fail
+from fastmeta.ops._define import acc_dtype
+from fastmeta.ops.update import _sgd as fused_sgd
 from fastmeta.ops.update import sgd_update
 
 __all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
 
 #: The choices of ``strategy``.
 STRATEGIES = ("auto", "vmap", "loop")
-
-#: Learning rates of a step: a number, one tensor, or one for each adapted parameter.
-Rate = float | Tensor | list[Tensor]
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -50,8 +49,8 @@ class Rates:
     shared: bool = False
     per_step: bool = False
 
-    def at(self, step: int) -> Rate:
-        """Rates of one step; past the last, those of the last."""
+    def at(self, step: int) -> float | Tensor | list[Tensor]:
+        """Rates of one step, as ``sgd_update`` takes them; past the last, those of the last."""
         if not self.tensors:
             return self.value
         rates = self.tensors
@@ -129,9 +128,23 @@ def descend(
     second_order: bool,
 ) -> list[Tensor]:
     """``steps`` gradient steps from ``theta``."""
+    constant: Tensor | None = None
     for step in range(steps):
         grads = gradients(loss_of, theta, second_order)
-        theta = list(sgd_update(theta, grads, rates.at(step)))
+        rate = rates.at(step)
+        first = theta[0]
+        alike = all(g is not None and g.dtype == first.dtype for g in grads)
+        if not alike or any(t.device != first.device for t in theta):
+            theta = list(sgd_update(theta, grads, rate))
+            continue
+        # What sgd_update would check and convert holds here, and would cost as much as the step.
+        acc = acc_dtype(first.dtype)
+        if isinstance(rate, float):
+            if constant is None:
+                constant = torch.full((), rate, dtype=acc, device=first.device)
+            rate = constant
+        columns = [rate] * len(theta) if isinstance(rate, Tensor) else rate
+        theta = fused_sgd(theta, list(grads), [r.to(acc) for r in columns])
     return theta
 
 
