@@ -91,10 +91,14 @@ class MAML(nn.Module):
     run one by one without their padding. A module that mixes rows in other ways needs
     ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
 
-    Memory: the graph holds about ``T * (K + 1) * (parameters + activations of the supports)``
-    numbers and the activations of the queries, about half of that again for second order; nothing
-    is kept under ``torch.no_grad()``. ``task_chunk=n`` holds the graph of n tasks at a time: the
-    backward pass runs each chunk again, at the cost of one more adaptation.
+    Memory: each step keeps up to ``2 * T * (parameters + outputs of all layers for the supports)``
+    numbers, under ``first_order`` only ``T * parameters``; the prediction keeps the outputs of all
+    layers for the queries. Without gradients (``torch.no_grad()``) nothing is kept.
+    ``task_chunk=n`` keeps this for n tasks at a time: the backward pass runs each chunk again, at
+    the cost of one more adaptation.
+
+    Under autocast the strategies round alike but ``"vmap"`` may return float32 where ``"loop"``
+    returns the lower dtype, because it adds biases apart from the products.
 
     Args:
         model: Any ``nn.Module`` from one tensor to one tensor. It is a submodule here:
