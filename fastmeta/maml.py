@@ -97,8 +97,8 @@ class MAML(nn.Module):
     ``task_chunk=n`` keeps this for n tasks at a time: the backward pass runs each chunk again, at
     the cost of one more adaptation.
 
-    Under autocast the strategies round alike but ``"vmap"`` may return float32 where ``"loop"``
-    returns the lower dtype, because it adds biases apart from the products.
+    Under autocast ``"vmap"`` may return float32 where ``"loop"`` returns the lower dtype: it adds
+    biases apart from the products.
 
     Args:
         model: Any ``nn.Module`` from one tensor to one tensor. It is a submodule here:
