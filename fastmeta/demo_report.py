@@ -34,7 +34,7 @@ __all__ = ["demo_page", "demo_picture"]
 COLOURS = {MATCHING: "#2b5fb3", ADAPTING: "#d1731f", FLOOR: "#9aa3ad"}
 TRANSDUCTIVE = (
     "batch norm by the batch it sees, in tests too: a query's answer depends on the task's other "
-    "queries (transductive), as in the original code"
+    "queries (transductive), as in the original code; the other two columns have no such help"
 )
 RIGHT, WRONG = "#1a7f4b", "#c4314b"
 INK, SOFT, LINE = "#1c2128", "#5b6470", "#d9dee4"
@@ -156,7 +156,8 @@ def in_order(shown: list[Shown]) -> list[Shown]:
 def facts(demo: Demo) -> list[list[str]]:
     """What was trained and tested, where, and how long it took."""
     info, images = demo.info, demo.images
-    native = ", ".join(op for op, on in info["ops"].items() if on["cpu"] == "native") or "none"
+    compiled = [op for op, on in info["ops"].items() if on["cpu"] == "native"]
+    native = ", ".join(op for op in compiled if not op.endswith("_backward")) or "none"
     glyphs, held_out, digits = images["training glyphs"], images[GLYPHS], images[DIGITS]
     others = [[k, f"{len(v):,} images"] for k, v in images.items() if k not in (GLYPHS, DIGITS)]
     matching, adapting = demo.curves[MATCHING], demo.curves[ADAPTING]
