@@ -102,15 +102,21 @@ struct ClassOrder {
   }
 };
 
+Tensor workspace(const Operands& ops, int64_t bytes) {
+  return bridge::empty(ops.query, {(bytes + 7) / 8}, ScalarType::Long);
+}
+
 void run(const Operands& ops, const Forward& args) {
   const bridge::CudaScope scope(ops.query);
   const ClassOrder sorted(ops);
-  cuda::forward(args, sorted.view(), scope.stream());
+  const Tensor space = workspace(ops, cuda::forward_workspace(ops.problem));
+  cuda::forward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 void run(const Operands& ops, const Backward& args) {
   const bridge::CudaScope scope(ops.query);
   const ClassOrder sorted(ops);
-  cuda::backward(args, sorted.view(), scope.stream());
+  const Tensor space = workspace(ops, cuda::backward_workspace(ops.problem));
+  cuda::backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 #else
 void run(const Operands& /*ops*/, const Forward& args) {

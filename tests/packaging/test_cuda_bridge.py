@@ -1,0 +1,36 @@
+"""The bridges' CUDA side compiles, also where no CUDA build of torch is: their calls match the launchers'."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+BRIDGES = sorted((ROOT / "csrc").glob("*/*_torch.cpp"))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES, ids=lambda path: path.stem)
+def test_cuda_bridge_compiles(bridge):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    defines = ["-DUSE_CUDA", "-DFASTMETA_CUDA", "-DFASTMETA_X86"]
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    flags = [
+        "-std=c++20",
+        "-fsyntax-only",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Werror",
+        target,
+        *defines,
+        *includes,
+    ]
+    done = subprocess.run([compiler, *flags, bridge], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+def test_every_family_has_a_bridge():
+    assert [path.parent.name for path in BRIDGES] == ["matching", "segment", "update"]
