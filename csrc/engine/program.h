@@ -1,0 +1,87 @@
+// A program: the layers and the loss of a module that adapts, parsed from its text, with the shapes
+// and memory layouts that the engine gives its values and parameters. Free of torch and of
+// instruction sets.
+//
+// The text (fastmeta/ops/_program.py writes it) has parts separated by ';':
+//
+//   fm1;in=1x28x28;conv2d(0,w=f0,b=f1,out=64,k=3x3,s=2x2,p=1x1,d=1x1,g=1);...;loss=mse()
+//
+// Node i (from 1) makes value i; value 0 is the input. Parameters are f<i> (adapted) or s<i>
+// (shared, does not adapt).
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastmeta::engine {
+
+enum class Kind : int {
+  kLinear,
+  kConv2d,
+  kBatchNorm,
+  kLayerNorm,
+  kGroupNorm,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kGelu,
+  kSilu,
+  kTanh,
+  kSigmoid,
+  kSoftplus,
+  kMaxPool,
+  kAvgPool,
+  kMeanPool,
+  kFlatten,
+  kDropout,
+  kAdd,
+};
+
+enum class LossKind : int { kCrossEntropy, kMse, kHuber, kBce };
+
+// Where a parameter lies in memory, in the engine:
+//   kMatrix  linear and conv weights: [groups][panels][taps * in channels of a group][panel width],
+//            see common/gemm.h for panels
+//   kVector  [channels], padded to the width of a vector
+//   kImage   layer norm over images: [height, width, channels padded]
+enum class ParamLayout : int { kMatrix, kVector, kImage };
+
+// A reference from a node: which list, which entry; index -1 where the layer has none.
+struct ParamRef {
+  bool adapted = false;
+  int index = -1;
+  explicit operator bool() const { return index >= 0; }
+};
+
+struct Shape {
+  int64_t channels = 0, height = 1, width = 1;
+  int64_t ld = 0;  // channels as stored: a multiple of the vector width, or channels (input alone)
+  int64_t pixels() const { return height * width; }
+  int64_t row() const { return pixels() * ld; }  // numbers a row takes in memory
+};
+
+struct Node {
+  Kind kind;
+  int input = 0, input2 = -1;  // value numbers
+  Shape in, out;
+  ParamRef w, b, mean, var;
+  // conv2d and pools: kernel, stride, padding, dilation (height, width)
+  int64_t k[2] = {1, 1}, s[2] = {1, 1}, p[2] = {0, 0}, d[2] = {1, 1};
+  int64_t groups = 1;
+  bool include_pad = true;      // avg_pool
+  bool tanh_gelu = false;       // gelu(approximate="tanh")
+  double eps = 1e-5;            // norms
+  double a = 0, threshold = 0;  // slope, alpha, beta, p of dropout
+  int64_t id = 0;               // dropout
+  // Filled by the plan:
+  bool is_static = false;  // depends on no adapted parameter
+};
+
+struct Loss {
+  LossKind kind = LossKind::kMse;
+  double smoothing = 0, delta = 1;
+  int64_t ignore = -100;
+  ParamRef weight;
+};
+
+}  // namespace fastmeta::engine
