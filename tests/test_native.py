@@ -107,7 +107,8 @@ def test_all_ops_run_native_kernels(built):
     done = run(INFO, FASTMETA_BACKEND="native")
     assert (done.returncode, done.stderr) == (0, "")
     info = json.loads(done.stdout)
-    assert {on["cpu"] for on in info["ops"].values()} == {"native"}
+    native = {on["cpu"] for op, on in info["ops"].items() if not op.endswith("_double_backward")}
+    assert native == {"native"}
     assert info["build"]["native"] is True
     assert info["build"]["torch_target"] == "2.11"
     assert info["isa"] == info["isas"][-1]

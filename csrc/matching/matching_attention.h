@@ -14,6 +14,28 @@
 //   dL/dz(q, i) = w(q, i) * (G(q, y_i) - P(q, y_i) * sum_c G(q, c))
 // where G is taken as 0 at classes without support (their logp is a constant). For nll G(q, c) is
 // -grad(q) at c = target_q and 0 elsewhere, and 0 altogether where nll(q) is +inf or ignored.
+//
+// Double backward, along directions q', s', scale', weight' (the gradients of the backward's
+// outputs). With d(q, i) the derivative of the similarity along them, z' = scale * d + scale' *
+// similarity, m(q, c) = sum_{i: y_i = c} w z', M(q) = sum_c P m, and H = sum_c G(q, c), the
+// backward contracted with the directions is sum_q (sum_c G m - H M). Its gradients:
+//   dL/dG(q, c) = m(q, c) - M(q)
+//   g = dL/dz'  = w * (G - P H)                           at c = y_i, as in the backward
+//   h = dL/dz   = w * (G * (z' - m) - P H * (z' - M))
+//   dL/dscale   = sum h * similarity + g * d
+//   dL/dq, dL/ds, dL/dweight: those of the similarity with A = scale * h + scale' * g and those of
+//   d with B = scale * g, per pair:
+//     dot           dq += A s + B s',  ds += A q + B q'
+//     sqeuclidean   the same, doubled, minus the row sums: 2 (sum A) q + 2 (sum B) q'
+//     euclidean     with r = |q - s|, E = A / r + B d / r^2, F = B / r:
+//                   dq += E (s - q) + F (s' - q'),  ds likewise with q and s exchanged
+//     cosine        with a = 1 / |q|, b = 1 / |s|, e = a^2 <q, q'>, f = b^2 <s, s'>, cos =
+//     similarity:
+//                   dq += ab (A - B (e + f)) s + ab B s'
+//                         - a^2 (A cos + B (d - 2 e cos)) q - a^2 B cos q';  ds likewise, e with f
+//     additive      with u = tanh(q + s), t = q' + s', per feature:
+//                   dq += (1 - u^2) (A weight + B (weight' - 2 u weight t)),  ds the same
+//                   dweight += A u + B (1 - u^2) t
 #pragma once
 #include <cstdint>
 
@@ -61,6 +83,23 @@ struct Backward {
   void* grad_support;  // scalar, [T, S, D]; zero at padding
   void* grad_scale;    // acc, [T]
   void* grad_weight;   // acc, [T, D]; nullptr unless additive
+};
+
+// The directions may be nullptr, which stands for zero. They are contiguous, as everything else.
+struct DoubleBackward {
+  Problem problem;
+  const void* query_dot;    // scalar, [T, Q, D]
+  const void* support_dot;  // scalar, [T, S, D]; not read at padding
+  const void* scale_dot;    // acc, [T]
+  const void* weight_dot;   // acc, [T, D]; nullptr unless additive
+  const void* grad;         // acc, of the backward, shaped like out
+  const void* out;          // acc, of the forward
+  const void* lse;          // acc, [T, Q]
+  void* grad_grad;          // acc, shaped like out; 0 at classes without support
+  void* grad_query;         // scalar, [T, Q, D]
+  void* grad_support;       // scalar, [T, S, D]; zero at padding
+  void* grad_scale;         // acc, [T]
+  void* grad_weight;        // acc, [T, D]; nullptr unless additive
 };
 
 #define FASTMETA_MATCHING_CPU(ISA)                      \

@@ -43,7 +43,7 @@ def matching_attention(
 
     Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
     the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward or
-    backward (the double backward runs in plain PyTorch and holds them).
+    backward (the double backward in plain PyTorch holds them).
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
@@ -206,7 +206,7 @@ def _fake_backward(_grad: Tensor, query: Tensor, support: Tensor, *args: Any) ->
 
 
 def _weight_of(args: tuple[Any, ...]) -> Tensor | None:
-    """``weight`` among the trailing arguments of a backward op: (..., weight, out, lse, C, sim)."""
+    """``weight`` of a (double) backward op: its arguments end in weight, out, lse, C, sim."""
     weight: Tensor | None = args[-5]
     return weight
 
@@ -216,59 +216,67 @@ def _sum_shared(grad: Tensor, shared: Tensor) -> Tensor:
     return grad if shared.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)
 
 
-def _differentiate(reference_backward: Callable[..., Any], num_int: int) -> Callable[..., Any]:
-    """Autograd formula of a backward op: differentiate the reference's first-order formula.
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, num_classes, similarity = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.options = (num_classes, similarity)
 
-    That recomputes ``out`` and ``lse`` from query and support, so that their dependence counts and
-    every further order is right.
+
+def _backward_grads(double_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Autograd formula of a backward op: the double backward op, over all that it saved.
+
+    The dependence of ``out`` and ``lse`` on query and support counts there, so their own gradients
+    are None.
     """
 
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
-        grad, query, support, *ints, scale, weight = ctx.saved_tensors
-        tasks, like = query.shape[0], acc_dtype(query.dtype)
-        width = 0 if weight is None else query.shape[2]
-        shapes: list[Any] = [query.shape, support.shape, (tasks,), (tasks, width)]
-        dtypes = [query.dtype, support.dtype, like, like]
-        cotangents = tuple(
-            query.new_zeros(shape, dtype=dtype) if c is None else c
-            for c, shape, dtype in zip(given, shapes, dtypes, strict=True)
-        )
-
-        def first_order(
-            grad: Tensor, query: Tensor, support: Tensor, scale: Tensor, *w: Tensor
-        ) -> Any:
-            return reference_backward(
-                grad, query, support, *ints, scale, w[0] if w else None, *ctx.options
-            )
-
-        primals = [grad, query, support, scale] + ([] if weight is None else [weight])
-        vjp = torch.func.vjp(first_order, *primals)[1]
-        grad_grad, grad_query, grad_support, grad_scale, *grad_weight = vjp(cotangents)
-        return (
-            grad_grad,
-            grad_query,
-            grad_support,
-            *(None for _ in range(num_int)),
-            grad_scale,
-            grad_weight[0] if grad_weight else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        saved = ctx.saved_tensors
+        _grad, _query, _support, *ints, scale, weight, _out, _lse = saved
+        if all(g is None for g in given):
+            return (None,) * (len(saved) + 2)
+        dweight: Tensor | None
+        dgrad, dquery, dsupport, dscale, dweight = double_backward(*given, *saved, *ctx.options)
+        dweight = None if weight is None else _sum_shared(dweight, weight)
+        dscale = _sum_shared(dscale, scale)
+        return dgrad, dquery, dsupport, *(None for _ in ints), dscale, dweight, *(None,) * 4
 
     return backward
 
 
-def _setup_backward(num_int: int) -> Callable[..., None]:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, _out, _lse, num_classes, similarity = inputs
-        assert len(tensors) == 5 + num_int
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.options = (num_classes, similarity)
+def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, _out, _lse, num_classes, similarity = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.options = (num_classes, similarity)
 
-    return setup_context
+
+def _differentiate(double_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Autograd formula of a double backward op: torch differentiates the reference's formula.
+
+    That recomputes ``out`` and ``lse`` from query and support, so every further order is right.
+    """
+
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        floating = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
+
+        def formula(*values: Tensor) -> tuple[Tensor, ...]:
+            tensors = list(saved)
+            for i, value in zip(floating, values, strict=True):
+                tensors[i] = value
+            outputs: tuple[Tensor, ...] = double_backward(*tensors, *ctx.options)
+            return outputs
+
+        outputs, vjp, *_ = torch.func.vjp(formula, *(saved[i] for i in floating))
+        cotangents = tuple(
+            torch.zeros_like(value) if g is None else g
+            for g, value in zip(given, outputs, strict=True)
+        )
+        grads = dict(zip(floating, vjp(cotangents), strict=True))
+        return (*(grads.get(i) for i in range(len(saved))), *(None,) * 4)
+
+    return backward
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -291,14 +299,39 @@ def _attention_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) ->
     return dq, ds, None, _sum_shared(dscale, scale), dweight, None, None
 
 
+def _fake_double_backward(*args: Any) -> tuple[Tensor, ...]:
+    grad, query, support = args[4:7]
+    acc, tasks = acc_dtype(query.dtype), query.shape[0]
+    width = 0 if _weight_of(args) is None else query.shape[2]
+    return (
+        grad.new_empty(grad.shape),
+        query.new_empty(query.shape),
+        support.new_empty(support.shape),
+        query.new_empty((tasks,), dtype=acc),
+        query.new_empty((tasks, width), dtype=acc),
+    )
+
+
+_attention_double_backward: Op = define_op(
+    "matching_attention_double_backward(Tensor? grad_query, Tensor? grad_support, "
+    "Tensor? grad_scale, Tensor? grad_weight, Tensor grad, Tensor query, Tensor support, "
+    "Tensor labels, Tensor scale, Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, "
+    "str similarity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.attention_double_backward(*a[:10], *a[12:]),
+    fake=_fake_double_backward,
+    setup_context=_setup_double_backward,
+    backward=_differentiate(reference.attention_double_backward),
+    vmap=fold_tasks(lambda *a: _attention_double_backward(*a)),
+)
+
 _attention_backward: Op = define_op(
     "matching_attention_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
     "Tensor scale, Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, str similarity) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=lambda *a: reference.attention_backward(*a[:6], *a[8:]),
     fake=_fake_backward,
-    setup_context=_setup_backward(1),
-    backward=_differentiate(reference.attention_backward, 1),
+    setup_context=_setup_backward,
+    backward=_backward_grads(_attention_double_backward),
     vmap=fold_tasks(lambda *a: _attention_backward(*a)),
 )
 
@@ -341,6 +374,18 @@ def _nll_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple
     return dq, ds, None, None, _sum_shared(dscale, scale), dweight, None, None
 
 
+_nll_double_backward: Op = define_op(
+    "matching_nll_double_backward(Tensor? grad_query, Tensor? grad_support, Tensor? grad_scale, "
+    "Tensor? grad_weight, Tensor grad, Tensor query, Tensor support, Tensor labels, "
+    "Tensor targets, Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, "
+    "str similarity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.nll_double_backward(*a[:11], *a[13:]),
+    fake=_fake_double_backward,
+    setup_context=_setup_double_backward,
+    backward=_differentiate(reference.nll_double_backward),
+    vmap=fold_tasks(lambda *a: _nll_double_backward(*a)),
+)
+
 _nll_backward: Op = define_op(
     "matching_nll_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
     "Tensor targets, Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, "
@@ -348,8 +393,8 @@ _nll_backward: Op = define_op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=lambda *a: reference.nll_backward(*a[:7], *a[9:]),
     fake=_fake_backward,
-    setup_context=_setup_backward(2),
-    backward=_differentiate(reference.nll_backward, 2),
+    setup_context=_setup_backward,
+    backward=_backward_grads(_nll_double_backward),
     vmap=fold_tasks(lambda *a: _nll_backward(*a)),
 )
 
