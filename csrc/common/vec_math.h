@@ -1,10 +1,14 @@
-// exp2, exp, log2, log and tanh on vectors.
+// exp2, exp, expm1, log2, log, tanh, erf, sigmoid and softplus on vectors.
 //
 // Largest errors against long double, in units of the last place (tests/csrc/vec_test.cpp holds
 // them):
 //   exp2, exp   float 2, double 2     results below the smallest normal number may flush to 0
 //   log2, log   float 3, double 3     subnormal arguments are not supported; log(0) = -inf, log(<0)
 //   = NaN tanh        float 3, double 3
+//   expm1       float 4, double 4     arguments up to 0 only
+//   erf         float 2, double 2
+//   sigmoid     float 3, double 3     1 / (1 + exp(-x))
+//   softplus    float 4, double 4     log(1 + exp(x)); relative to a normal number, as exp
 // A NaN argument gives NaN. exp2 and exp overflow to +inf from 2^127.5 (2^1023.5) on.
 #pragma once
 #include "common/vec.h"
@@ -192,6 +196,58 @@ FASTMETA_INLINE Vec<T> vtanh(Vec<T> x) {
   const Vec<T> sign = from_bits<T>(bits_of<T>(x) & bits_of<T>(splat<T>(T(-0.0))));
   const Vec<T> result = a < T(0.625) ? a + a * y * p : large;
   return from_bits<T>(bits_of<T>(result) | bits_of<T>(sign));
+}
+
+// exp(x) - 1 for x <= 0, by tanh: nothing cancels there.
+template <class T>
+FASTMETA_INLINE Vec<T> vexpm1(Vec<T> x) {
+  const Vec<T> t = vtanh<T>(T(0.5) * x);
+  return (t + t) / (T(1) - t);
+}
+
+template <class T>
+FASTMETA_INLINE Vec<T> verf(Vec<T> x) {
+  const Vec<T> y = x * x;
+  // Where erf has become 1; a NaN passes the minimum as its second operand.
+  const Vec<T> a = vmin<T>(splat<T>(sizeof(T) == 4 ? T(4) : T(6)), vabs<T>(x));
+  // Below 1 a series in x^2; above it 1 - exp(-x^2) * erfcx(x), with erfcx a polynomial in t.
+  const Vec<T> t = (a - T(2)) / (a + T(2));
+  Vec<T> p, q;
+  if constexpr (sizeof(T) == 4) {
+    p = FASTMETA_POLYNOMIAL(float, y, 0.1283791658f, -0.3761262667f, 0.1128359472f, -0.02685421201f,
+                            0.005189087423f, -0.0008016864287f, 0.00007875875063f);
+    q = FASTMETA_POLYNOMIAL(float, t, 0.2553956763f, -0.4271859898f, 0.2416582015f, -0.07896830613f,
+                            0.003732371759f, 0.006811140131f, -0.0008379754387f);
+  } else {
+    p = FASTMETA_POLYNOMIAL(
+        double, y, 0.128379167095512567, -0.376126389031835404, 0.112837916709450063,
+        -0.0268661706432377704, 0.00522397760711642273, -0.000854832597538969208,
+        0.000120552949048397079, -0.0000149247369074196603, 1.64474247033173624e-6,
+        -1.62084838018717059e-7, 1.37200645467776856e-8, -7.79589882700214224e-10);
+    q = FASTMETA_POLYNOMIAL(
+        double, t, 0.255395676310505745, -0.427185847413957885, 0.241658194242469857,
+        -0.0789785810158525347, 0.00373289240349223978, 0.00699746174775357363,
+        -0.000847143198076042359, -0.000981977320813102272, 0.0000435542024527058955,
+        0.000174366972329468635, 0.0000275431281856667173, -0.0000276473054436100538,
+        -0.0000140675326945820577, 1.82014319597500905e-6, 3.91705929992538851e-6);
+  }
+  const Vec<T> large = T(1) - vexp<T>(-a * a) * q;
+  const Vec<T> sign = from_bits<T>(bits_of<T>(x) & bits_of<T>(splat<T>(T(-0.0))));
+  const Vec<T> result = a < T(1) ? a + a * p : large;
+  return from_bits<T>(bits_of<T>(result) | bits_of<T>(sign));
+}
+
+template <class T>
+FASTMETA_INLINE Vec<T> vsigmoid(Vec<T> x) {
+  return T(1) / (T(1) + vexp<T>(-x));
+}
+
+template <class T>
+FASTMETA_INLINE Vec<T> vsoftplus(Vec<T> x) {
+  const Vec<T> e = vexp<T>(-vabs<T>(x)), u = T(1) + e;
+  // The second term is what rounding took from 1 + e. A NaN passes the maximum as its second
+  // operand.
+  return vmax<T>(Vec<T>{}, x) + (vlog<T>(u) + (e - (u - T(1))) / u);
 }
 
 }  // namespace fastmeta::FASTMETA_ISA

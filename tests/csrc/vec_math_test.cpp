@@ -60,6 +60,10 @@ void check_functions() {
   const auto log2_of = [](long double x) { return std::log2(x); };
   const auto tanh_of = [](long double x) { return std::tanh(x); };
   const T lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
+  const auto expm1_of = [](long double x) { return std::expm1(x); };
+  const auto erf_of = [](long double x) { return std::erf(x); };
+  const auto sigmoid_of = [](long double x) { return 1 / (1 + std::exp(-x)); };
+  const auto softplus_of = [](long double x) { return std::log1p(std::exp(x)); };
   EXPECT_LT(worst<T>(vexp2<T>, exp2_of, T(-1), T(1)), 2);
   EXPECT_LT(worst<T>(vexp2<T>, exp2_of, lowest - 50, -lowest), 2);
   EXPECT_LT(worst<T>(vexp<T>, exp_of, T(-1), T(1)), 2);
@@ -71,6 +75,16 @@ void check_functions() {
   EXPECT_LT(worst<T>(vtanh<T>, tanh_of, T(-1), T(1)), 3);
   EXPECT_LT(worst<T>(vtanh<T>, tanh_of, T(-30), T(30)), 3);
   EXPECT_LT(worst<T>(vtanh<T>, tanh_of, T(-1e-6), T(1e-6)), 3);
+  EXPECT_LT(worst<T>(vexpm1<T>, expm1_of, T(-2), T(0)), 4);
+  EXPECT_LT(worst<T>(vexpm1<T>, expm1_of, T(-50), T(0)), 4);
+  EXPECT_LT(worst<T>(vexpm1<T>, expm1_of, T(-1e-6), T(0)), 4);
+  EXPECT_LT(worst<T>(verf<T>, erf_of, T(-1), T(1)), 2);
+  EXPECT_LT(worst<T>(verf<T>, erf_of, T(-7), T(7)), 2);
+  EXPECT_LT(worst<T>(verf<T>, erf_of, T(-1e-6), T(1e-6)), 2);
+  EXPECT_LT(worst<T>(vsigmoid<T>, sigmoid_of, T(-2), T(2)), 3);
+  EXPECT_LT(worst<T>(vsigmoid<T>, sigmoid_of, T(-80), T(40)), 3);
+  EXPECT_LT(worst<T>(vsoftplus<T>, softplus_of, T(-2), T(2)), 4);
+  EXPECT_LT(worst<T>(vsoftplus<T>, softplus_of, T(-80), T(80)), 4);
 }
 
 template <class T>
@@ -90,7 +104,16 @@ void check_special() {
   EXPECT_EQ(at(vtanh<T>, inf), T(1));
   EXPECT_EQ(at(vtanh<T>, -inf), T(-1));
   EXPECT_TRUE(std::signbit(at(vtanh<T>, T(-0.0))));
-  for (auto f : {vexp2<T>, vexp<T>, vlog2<T>, vlog<T>, vtanh<T>})
+  EXPECT_EQ(at(vexpm1<T>, -inf), T(-1));
+  EXPECT_EQ(at(verf<T>, inf), T(1));
+  EXPECT_EQ(at(verf<T>, -inf), T(-1));
+  EXPECT_TRUE(std::signbit(at(verf<T>, T(-0.0))));
+  EXPECT_EQ(at(vsigmoid<T>, inf), T(1));
+  EXPECT_EQ(at(vsigmoid<T>, -inf), T(0));
+  EXPECT_EQ(at(vsoftplus<T>, inf), inf);
+  EXPECT_LT(at(vsoftplus<T>, -inf), std::numeric_limits<T>::min());
+  for (auto f : {vexp2<T>, vexp<T>, vexpm1<T>, vlog2<T>, vlog<T>, vtanh<T>, verf<T>, vsigmoid<T>,
+                 vsoftplus<T>})
     EXPECT_TRUE(std::isnan(at(f, nan)));
 }
 
