@@ -1,0 +1,57 @@
+// Loops that the layers share: over elements, over blocks of channels, over lanes that count.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "engine/layer.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+// The first n lanes of v, zeros behind them; n may be more than there are, or negative.
+template <class T>
+FASTMETA_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
+  if (n >= kWidth<T>) return v;
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = i < n ? v[i] : T(0);
+  return v;
+}
+
+// What a cotangent's place receives: written, or added.
+template <class T>
+FASTMETA_INLINE void give(T* to, Vec<T> v, bool add) {
+  store(to, add ? load(to) + v : v);
+}
+template <class T>
+FASTMETA_INLINE void accumulate(T* to, Vec<T> v) {
+  store(to, load(to) + v);
+}
+
+// A parameter that may be absent.
+template <class T>
+FASTMETA_INLINE Vec<T> load_or(const T* p, int64_t at, T otherwise) {
+  return p != nullptr ? load(p + at) : splat<T>(otherwise);
+}
+
+// body(std::integral_constant<int, N>, channel) for blocks of N <= kMost vectors of channels, so
+// that what belongs to the channels stays in registers while a loop walks the pixels.
+template <class T, int kMost, class Body>
+FASTMETA_INLINE void over_channels(int64_t ld, Body&& body) {
+  constexpr int64_t kW = kWidth<T>;
+  int64_t c = 0;
+  for (; c + kMost * kW <= ld; c += kMost * kW) body(std::integral_constant<int, kMost>{}, c);
+  if constexpr (kMost > 2) {
+    for (; c + 2 * kW <= ld; c += 2 * kW) body(std::integral_constant<int, 2>{}, c);
+  }
+  if constexpr (kMost > 1) {
+    for (; c < ld; c += kW) body(std::integral_constant<int, 1>{}, c);
+  }
+}
+
+inline int64_t input_size(const Node& node, int64_t rows) { return rows * node.in.row(); }
+inline int64_t output_size(const Node& node, int64_t rows) { return rows * node.out.row(); }
+
+template <class T>
+FASTMETA_INLINE void clear(T* p, int64_t n) {
+  if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+}  // namespace fastmeta::engine::FASTMETA_ISA

@@ -1,0 +1,230 @@
+// Losses: value, gradient at the prediction, and the tangent of that gradient along a tangent of
+// the prediction. As torch.nn.functional with reduction='mean', but 0 (value and gradients) where
+// nothing counts, such as no rows, or labels that are all ignored.
+//
+// Predictions are a value of the engine, [rows, pixels, ld]. Labels are int64 [rows], in [0,
+// classes) or the ignored index: callers check that (first_bad_label). Targets are in torch's
+// layout, [rows, channels, height, width] without gaps.
+#pragma once
+#include "common/vec_math.h"
+#include "engine/layers/lanes.h"
+
+namespace fastmeta::engine {
+
+// Index of the first label that is neither a class nor ignored; -1 if there is none.
+inline int64_t first_bad_label(const int64_t* labels, int64_t n, int64_t classes, int64_t ignore) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (labels[i] != ignore && (labels[i] < 0 || labels[i] >= classes)) return i;
+  }
+  return -1;
+}
+
+}  // namespace fastmeta::engine
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+template <class T>
+struct LossCall {
+  const Loss* loss;
+  Shape shape;  // of one row of the prediction
+  int64_t rows;
+  const T* prediction;
+  const T* dprediction;   // its tangent, of loss_dual
+  const int64_t* labels;  // cross_entropy
+  const T* targets;       // the others
+  const T* weight;        // of the classes, [classes] at least; null: ones
+  T* g;                   // gradient at the prediction, written, zeros in padding lanes
+  T* dg;                  // its tangent, of loss_dual
+};
+
+namespace losses {
+
+enum class Want { kValue, kGradient, kDual };
+
+template <class T>
+FASTMETA_INLINE T weight_of(const LossCall<T>& call, int64_t label) {
+  return call.weight != nullptr ? call.weight[label] : T(1);
+}
+
+template <class T>
+FASTMETA_INLINE Vec<T> class_weights(const LossCall<T>& call, int64_t c) {
+  if (call.weight == nullptr) return splat<T>(1);
+  return load_n(call.weight + c,
+                static_cast<int>(min_of<int64_t>(kWidth<T>, call.shape.channels - c)));
+}
+
+// With D the sum of the weights of the labels that count, e the smoothing, C classes: a row's loss
+// is (1 - e) w[label] nll[label] + e / C sum_c w[c] nll[c], the whole their sum over D.
+template <Want kWant, class T>
+double cross_entropy(const LossCall<T>& call) {
+  const int64_t classes = call.shape.channels, ld = call.shape.ld;
+  const double smoothing = call.loss->smoothing, even = smoothing / static_cast<double>(classes);
+  double counted = 0, all_weights = 0;
+  for (int64_t r = 0; r < call.rows; ++r) {
+    if (call.labels[r] != call.loss->ignore) counted += weight_of(call, call.labels[r]);
+  }
+  for (int64_t c = 0; c < classes; ++c) all_weights += weight_of(call, c);
+  double total = 0;
+  for (int64_t r = 0; r < call.rows; ++r) {
+    const int64_t label = call.labels[r];
+    const T* z = call.prediction + r * ld;
+    T* g = kWant == Want::kValue ? nullptr : call.g + r * ld;
+    T* dg = kWant == Want::kDual ? call.dg + r * ld : nullptr;
+    if (label == call.loss->ignore || counted == 0) {
+      if (kWant != Want::kValue) clear(g, ld);
+      if (kWant == Want::kDual) clear(dg, ld);
+      continue;
+    }
+    T top = z[0];
+    for (int64_t c = 1; c < classes; ++c) top = max_of(top, z[c]);
+    Vec<T> sums{}, smooth{}, along{};
+    for (int64_t c = 0; c < ld; c += kWidth<T>) {
+      if (c >= classes) {
+        if (kWant != Want::kValue) store(g + c, Vec<T>{});
+        continue;
+      }
+      const int64_t left = classes - c;
+      const Vec<T> shifted = keep_first<T>(load(z + c) - top, left);
+      const Vec<T> power = keep_first<T>(vexp<T>(shifted), left);
+      sums += power;
+      if (smoothing != 0) smooth += class_weights(call, c) * shifted;
+      if constexpr (kWant != Want::kValue) store(g + c, power);
+      if constexpr (kWant == Want::kDual) {
+        along += power * keep_first<T>(load(call.dprediction + r * ld + c), left);
+      }
+    }
+    const T sum = hsum<T>(sums);
+    const double own = (1 - smoothing) * weight_of(call, label);
+    const double spread = own + even * all_weights;
+    total += spread * __builtin_log(static_cast<double>(sum)) -
+             own * static_cast<double>(z[label] - top);
+    if (smoothing != 0) total -= even * static_cast<double>(hsum<T>(smooth));
+    if constexpr (kWant == Want::kValue) continue;
+    const T scale = static_cast<T>(spread / counted) / sum;
+    const T mean = hsum<T>(along) / sum;
+    const T even_scale = static_cast<T>(even / counted);
+    for (int64_t c = 0; c < ld; c += kWidth<T>) {
+      const Vec<T> share = load(g + c) * scale;
+      if constexpr (kWant == Want::kDual) {
+        store(dg + c,
+              keep_first<T>(share * (load(call.dprediction + r * ld + c) - mean), classes - c));
+      }
+      Vec<T> v = share;
+      if (smoothing != 0 && c < classes) {
+        v -= keep_first<T>(class_weights(call, c) * even_scale, classes - c);
+      }
+      store(g + c, v);
+    }
+    g[label] -= static_cast<T>(own / counted);
+  }
+  return counted == 0 ? 0 : total / counted;
+}
+
+// Elementwise losses: a functor gives value, gradient and its slope from prediction and target.
+template <class T>
+struct Point {
+  Vec<T> value, gradient, slope;
+};
+
+template <class T>
+struct Mse {
+  explicit Mse(const Loss&) {}
+  [[gnu::always_inline]] Point<T> operator()(Vec<T> x, Vec<T> t) const {
+    const Vec<T> d = x - t;
+    return {d * d, d + d, splat<T>(2)};
+  }
+};
+
+template <class T>
+struct Huber {
+  T delta;
+  explicit Huber(const Loss& loss) : delta(static_cast<T>(loss.delta)) {}
+  [[gnu::always_inline]] Point<T> operator()(Vec<T> x, Vec<T> t) const {
+    const Vec<T> d = x - t, size = vabs<T>(d);
+    const Vec<T> cut = vmax<T>(splat<T>(-delta), vmin<T>(splat<T>(delta), d));
+    return {size < delta ? T(0.5) * d * d : delta * (size - T(0.5) * delta), cut,
+            size < delta ? splat<T>(1) : Vec<T>{}};
+  }
+};
+
+template <class T>
+struct Bce {
+  explicit Bce(const Loss&) {}
+  [[gnu::always_inline]] Point<T> operator()(Vec<T> x, Vec<T> t) const {
+    const Vec<T> s = vsigmoid<T>(x);
+    return {vsoftplus<T>(x) - x * t, s - t, s * (T(1) - s)};
+  }
+};
+
+template <Want kWant, class T, class Function>
+double elementwise(const LossCall<T>& call, const Function& function) {
+  const Shape& shape = call.shape;
+  const int64_t pixels = shape.pixels(), channels = shape.channels;
+  const int64_t n = call.rows * pixels * channels;
+  const T share = n == 0 ? T(0) : T(1) / static_cast<T>(n);
+  double total = 0;
+  for (int64_t i = 0; i < call.rows * pixels; ++i) {
+    const int64_t at = i * shape.ld;
+    const T* targets = call.targets + (i / pixels) * channels * pixels + i % pixels;
+    Vec<T> sum{};
+    for (int64_t c = 0; c < shape.ld; c += kWidth<T>) {
+      const int64_t left = channels - c;
+      Vec<T> target{};
+      if (pixels == 1 && left > 0) {
+        target = load_n(targets + c, static_cast<int>(min_of<int64_t>(kWidth<T>, left)));
+      } else {
+        for (int64_t k = 0; k < min_of<int64_t>(kWidth<T>, left); ++k) {
+          target[k] = targets[(c + k) * pixels];
+        }
+      }
+      const Point<T> point = function(load(call.prediction + at + c), target);
+      sum += keep_first<T>(point.value, left);
+      if constexpr (kWant != Want::kValue) {
+        store(call.g + at + c, keep_first<T>(point.gradient * share, left));
+      }
+      if constexpr (kWant == Want::kDual) {
+        const Vec<T> tangent = point.slope * load(call.dprediction + at + c);
+        store(call.dg + at + c, keep_first<T>(tangent * share, left));
+      }
+    }
+    total += static_cast<double>(hsum<T>(sum));
+  }
+  return n == 0 ? 0 : total / static_cast<double>(n);
+}
+
+template <Want kWant, class T>
+double evaluate(const LossCall<T>& call) {
+  switch (call.loss->kind) {
+    case LossKind::kCrossEntropy:
+      return cross_entropy<kWant>(call);
+    case LossKind::kMse:
+      return elementwise<kWant>(call, Mse<T>(*call.loss));
+    case LossKind::kHuber:
+      return elementwise<kWant>(call, Huber<T>(*call.loss));
+    case LossKind::kBce:
+      return elementwise<kWant>(call, Bce<T>(*call.loss));
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace losses
+
+// The loss.
+template <class T>
+double loss_value(const LossCall<T>& call) {
+  return losses::evaluate<losses::Want::kValue>(call);
+}
+
+// The loss; writes g.
+template <class T>
+double loss_gradient(const LossCall<T>& call) {
+  return losses::evaluate<losses::Want::kGradient>(call);
+}
+
+// The loss; writes g and dg, the tangent of g along dprediction.
+template <class T>
+double loss_dual(const LossCall<T>& call) {
+  return losses::evaluate<losses::Want::kDual>(call);
+}
+
+}  // namespace fastmeta::engine::FASTMETA_ISA
