@@ -39,10 +39,15 @@ class Rates:
         """Rates of one step, as ``sgd_update`` takes them; past the last, those of the last."""
         if not self.tensors:
             return self.value
-        rates = self.tensors
-        if self.per_step:
-            rates = [t[min(step, t.shape[0] - 1)] for t in rates]
-        return rates[0] if self.shared else rates
+        tensors = self.single(step).tensors
+        return tensors[0] if self.shared else tensors
+
+    def single(self, step: int) -> Rates:
+        """The rates of one step alone."""
+        if not self.per_step:
+            return self
+        tensors = [t[min(step, t.shape[0] - 1)] for t in self.tensors]
+        return Rates(self.value, tensors, self.shared)
 
 
 def gradients(

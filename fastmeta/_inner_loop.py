@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta._descent import Rates, descend
+from fastmeta._checkpointed_steps import Adaptation
+from fastmeta._descent import Rates
 from fastmeta._inner_losses import Loss, Supports, task_loss
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
-from fastmeta._recompute import recompute, rng_restore, rng_state
+from fastmeta._recompute import reads_more, recompute, rng_restore, rng_state
 from fastmeta.errors import fail
 
 __all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
@@ -256,17 +257,15 @@ class _Job:
             theta = [p.expand(tasks, *p.shape) for p in theta]
             loss = task_loss(self.runner.loss, supports, trimmed=False)
 
-            def task(theta: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-                return loss(lent(theta, x), y)
+            def losses(lent: LentModel, theta: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+                def task(theta: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+                    return loss(lent(theta, x), y)
 
-            losses = torch.func.vmap(task, randomness=mode)
+                return torch.func.vmap(task, randomness=mode)(theta, x, y).sum()
+
             lent.pad(supports.padded)
-            theta = descend(
-                lambda theta: losses(theta, supports.x, supports.y).sum(),
-                theta,
-                self.rates,
-                self.steps,
-                self.second_order,
+            theta = self._descend(
+                lent, Adaptation(self.lend, losses, supports.x, supports.y), theta
             )
         if self.queries is None:
             return theta
@@ -297,18 +296,22 @@ class _Job:
             x, y = self.supports.rows(task)
             loss = task_loss(self.runner.loss, self.supports, trimmed=True)
             if x.shape[0]:  # a task of nothing but padding stays as it is
-                theta = descend(
-                    lambda theta: loss(lent(theta, x), y),
-                    theta,
-                    self.rates,
-                    self.steps,
-                    self.second_order,
+                adaptation = Adaptation(
+                    self.lend, lambda lent, theta, x, y: loss(lent(theta, x), y), x, y
                 )
+                theta = self._descend(lent, adaptation, theta)
         else:
             theta = [t[task] for t in theta]
         if self.queries is None:
             return theta
         return self._query(lent, theta, self.queries, task)
+
+    def _descend(self, lent: LentModel, what: Adaptation, theta: list[Tensor]) -> list[Tensor]:
+        assert self.rates is not None
+        # Under torch.func a step is its own graph; of one step there is nothing to save.
+        if self.second_order and self.steps > 1 and not _transforms_active():
+            return what.checkpointed(lent, theta, self.rates, self.steps)
+        return what.taped(lent, theta, self.rates, self.steps, self.second_order)
 
     @staticmethod
     def _query(lent: LentModel, theta: list[Tensor], queries: Queries, task: int) -> Tensor:
@@ -339,16 +342,26 @@ def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def from_tensors(tensors: list[Tensor]) -> Tensor:
             values = dict(zip(held, tensors, strict=False))
             theta = [values.pop(name) for name in weights.names]
-            *rate, support_x, query_x = tensors[len(held) :]
+            *rate, support_x, support_y, query_x = tensors[len(held) :]
             return run(
                 replace(weights, theta=theta, others=values),
                 replace(rates, tensors=rate),
-                replace(supports, x=support_x),
+                replace(supports, x=support_x, y=support_y),
                 replace(queries, x=query_x),
             )
 
-        tensors = [*held.values(), *rates.tensors, supports.x, queries.x]
-        return recompute(from_tensors, tensors, supports.x.device)
+        def checked(tensors: list[Tensor]) -> Tensor:
+            out = from_tensors(tensors)
+            if all(t.is_leaf for t in tensors) and reads_more(out, tensors):
+                wanted = (
+                    "None for a model or loss that reads tensors with requires_grad=True which "
+                    "are not the model's own parameters, because no gradient would come to them"
+                )
+                fail(RuntimeError, "MAML", "task_chunk", wanted, "a number")
+            return out
+
+        tensors = [*held.values(), *rates.tensors, supports.x, supports.y, queries.x]
+        return recompute(from_tensors, tensors, supports.x.device, again=checked)  # type: ignore[no-any-return]
 
     return again
 

@@ -12,8 +12,9 @@ Three things happen between entering and leaving `LentModel`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,16 @@ from torch.overrides import TorchFunctionMode
 
 from fastmeta.errors import fail
 
-__all__ = ["BATCH_NORM", "LentModel", "PaddingMixes", "Slots", "find_slots"]
+__all__ = ["BATCH_NORM", "Held", "LentModel", "PaddingMixes", "Slots", "find_slots"]
 
 #: The choices of ``batch_norm``.
 BATCH_NORM = ("batch", "running")
 
+#: A dictionary of a module and a key of it.
+Slot = tuple[dict[str, Any], str]
+
 #: Where a parameter is held: for each name, the dictionaries and keys (several when it is tied).
-Slots = dict[str, list[tuple[dict[str, Any], str]]]
+Slots = dict[str, list[Slot]]
 
 
 class PaddingMixes(Exception):
@@ -60,23 +64,16 @@ class _Rules(TorchFunctionMode):
         super().__init__()
         self.padded: Callable[[], bool] | None = None
         self._batch_norm_policy = batch_norm
-        self._rules: dict[Any, Callable[..., Any]] = {
-            F.batch_norm: self._batch_norm,
-            F.instance_norm: self._instance_norm,
-            torch._weight_norm: _weight_norm,
-        }
-        if second_order:
-            for func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-                self._rules[func] = _with_second_derivative(func)
+        self._second_order = second_order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = self._rules.get(func)
-        if rule is not None:
-            func = rule
-        return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        rule = self._RULES.get(func)
+        return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
 
     def _batch_norm(
         self,
+        func: Callable[..., Tensor],
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -89,12 +86,13 @@ class _Rules(TorchFunctionMode):
         if self._batch_norm_policy == "batch":
             if self.padded is not None and self.padded():
                 raise PaddingMixes("batch norm takes its statistics over all rows of a task")
-            return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+            return func(input, None, None, weight, bias, True, momentum, eps)
         _require_running(running_mean)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
     def _instance_norm(
         self,
+        func: Callable[..., Tensor],
         input: Tensor,
         running_mean: Tensor | None = None,
         running_var: Tensor | None = None,
@@ -105,16 +103,35 @@ class _Rules(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if self._batch_norm_policy == "batch" or running_mean is None:
-            return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+            return func(input, None, None, weight, bias, True, momentum, eps)
+        return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
+    def _weight_norm(
+        self, func: Callable[..., Tensor], direction: Tensor, size: Tensor, dim: int = 0
+    ) -> Tensor:
+        """In plain terms: the fused one's second derivative is wrong, and vmap cannot map it."""
+        others = [d for d in range(direction.dim()) if d != dim or dim == -1]
+        if not others:
+            return direction * (size / direction.abs())
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=dim != -1)
+        return direction * (size / norm)
 
-def _weight_norm(direction: Tensor, size: Tensor, dim: int = 0) -> Tensor:
-    """In plain terms: the fused one's second derivative is wrong, and vmap cannot map it."""
-    others = [d for d in range(direction.dim()) if d != dim or dim == -1]
-    if not others:
-        return direction * (size / direction.abs())
-    return direction * (size / torch.linalg.vector_norm(direction, dim=others, keepdim=dim != -1))
+    def _attention(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """On torch's plain attention, if need be: its fused ones have no second derivative."""
+        if not self._second_order:
+            return func(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+
+    #: Functions, not bound methods: a mode that held itself would live, with all that it has seen,
+    #: until the garbage collector comes by.
+    _RULES: ClassVar[dict[Any, Callable[..., Any]]] = {
+        F.batch_norm: _batch_norm,
+        F.instance_norm: _instance_norm,
+        F.scaled_dot_product_attention: _attention,
+        F.multi_head_attention_forward: _attention,
+        torch._weight_norm: _weight_norm,
+    }
 
 
 def _require_running(running_mean: Tensor | None) -> None:
@@ -123,14 +140,21 @@ def _require_running(running_mean: Tensor | None) -> None:
         fail(ValueError, "MAML", "batch_norm", wanted, "'running'")
 
 
-def _with_second_derivative(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function on torch's plain attention: its fused ones have no second derivative."""
+@dataclass(frozen=True)
+class Held:
+    """What a forward pass reads besides its input and the parameters that are lent to it.
 
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return func(*args, **kwargs)
+    Attributes:
+        parameters: Where the other parameters are.
+        buffers: Where the buffers are that it may read.
+        tensors: What is there, parameters first.
+        modes: For each module whether it is in training mode.
+    """
 
-    return attention
+    parameters: list[Slot]
+    buffers: list[Slot]
+    tensors: list[Tensor]
+    modes: list[tuple[nn.Module, bool]]
 
 
 class LentModel(AbstractContextManager["LentModel"]):
@@ -147,6 +171,8 @@ class LentModel(AbstractContextManager["LentModel"]):
     ) -> None:
         self._model = model
         self._slots = slots
+        self._names = names
+        self._running = batch_norm == "running"
         self._lent = [slot for name in names for slot in slots[name]]
         self._repeats = [len(slots[name]) for name in names]
         self._tied = any(r != 1 for r in self._repeats)
@@ -167,7 +193,7 @@ class LentModel(AbstractContextManager["LentModel"]):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for held, key, value in self._saved:
+        for held, key, value in reversed(self._saved):
             held[key] = value
         self._saved.clear()
         self._copies.clear()
@@ -230,6 +256,48 @@ class LentModel(AbstractContextManager["LentModel"]):
             if held.get(key) is not copy or copy._version:
                 held[key] = copy = value.clone()
                 self._copies[i] = (held, key, value, copy)
+
+    def wrote_buffers(self) -> bool:
+        """Whether a forward pass has written or replaced any buffer since they were fresh."""
+        return any(
+            held.get(key) is not copy or copy._version for held, key, _, copy in self._copies
+        )
+
+    def held(self) -> Held:
+        """What a forward pass reads now, to `restore` it later."""
+        adapted = set(self._names)
+        parameters = [
+            slot for n, slots in self._slots.items() if n not in adapted for slot in slots
+        ]
+        buffers = [(held, key) for held, key, _, _ in self._copies]
+        modes = []
+        for module in self._model.modules():
+            modes.append((module, module.training))
+            if isinstance(module, _NormBase) and self._running:
+                own = module._buffers
+                buffers += [(own, k) for k in ("running_mean", "running_var") if own[k] is not None]
+        tensors = [held[key] for held, key in parameters + buffers]
+        return Held(parameters, buffers, tensors, modes)
+
+    @contextmanager
+    def holding(self, held: Held, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Meanwhile the first of ``tensors`` stand for the parameters that are not lent."""
+        for (where, key), value in zip(held.parameters, tensors, strict=False):
+            where[key] = value
+        try:
+            yield
+        finally:
+            for (where, key), value in zip(held.parameters, held.tensors, strict=False):
+                where[key] = value
+
+    def restore(self, held: Held, tensors: Sequence[Tensor]) -> None:
+        """Have the next forward passes read ``tensors``, as ``held`` has them, in its modes."""
+        for module, mode in held.modes:
+            self._saved.append((module.__dict__, "training", module.training))
+            module.training = mode
+        for (where, key), value in zip(held.parameters + held.buffers, tensors, strict=True):
+            self._saved.append((where, key, where[key]))
+            where[key] = value
 
     def replaced_buffers(self) -> Iterator[str]:
         """Names of the buffers that the forward pass has bound to other tensors."""

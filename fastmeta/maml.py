@@ -91,11 +91,16 @@ class MAML(nn.Module):
     run one by one without their padding. A module that mixes rows in other ways needs
     ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
 
-    Memory: each step keeps up to ``2 * T * (parameters + outputs of all layers for the supports)``
-    numbers, under ``first_order`` only ``T * parameters``; the prediction keeps the outputs of all
-    layers for the queries. Without gradients (``torch.no_grad()``) nothing is kept.
-    ``task_chunk=n`` keeps this for n tasks at a time: the backward pass runs each chunk again, at
-    the cost of one more adaptation.
+    Memory: of each step only the ``T * parameters`` numbers that it starts from are kept, and of
+    the last one its graph, ``2 * T * (parameters + outputs of all layers for the supports)``
+    numbers; the prediction keeps the outputs of all layers for the queries. The backward pass runs
+    each earlier step again and takes one Hessian-vector product, so that no two steps' graphs are
+    there at a time. Without gradients (``torch.no_grad()``) nothing is kept. ``task_chunk=n`` keeps
+    this for n tasks at a time: the backward pass runs each chunk again, at the cost of one more
+    adaptation. Where a step cannot be run again, all graphs are kept: when the model writes
+    buffers, when it or the loss reads tensors with ``requires_grad=True`` that are no parameters of
+    the model, and under ``torch.func.grad``. A model that hides its state (a counter in Python)
+    is found out in the backward pass, on the CPU.
 
     Under autocast ``"vmap"`` may return float32 where ``"loop"`` returns the lower dtype: it adds
     biases apart from the products.
