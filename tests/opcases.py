@@ -6,7 +6,9 @@ dtype they are given; in float64 under plain autograd they are the truth that op
 
 import contextlib
 import itertools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -133,6 +135,12 @@ CASES = [
     Case("wide", 1, 4, 3, 1025, 3),
 ]
 SMALL = Case("small", 2, 3, 6, 4, 4, absent=(2,), padded=0.2)
+
+
+def compiled_ops():
+    """Names of the ops that the bridges in csrc register kernels for."""
+    bridges = (Path(__file__).parents[1] / "csrc").rglob("*_torch.cpp")
+    return {op for p in bridges for op in re.findall(r'm\.impl\("(\w+)"', p.read_text())}
 
 
 def isas():

@@ -1,5 +1,6 @@
 """The ops, one file a family: schema, reference, derivative rules, public function."""
 
+from fastmeta.ops import engine as engine
 from fastmeta.ops.matching import matching_attention as matching_attention
 from fastmeta.ops.matching import matching_nll as matching_nll
 from fastmeta.ops.segment import segment_mean as segment_mean

@@ -128,7 +128,7 @@ def define_op(
 
     def function_backward(ctx: Any, *grads: Any) -> Any:
         view = _StructuredContext(ctx)
-        result = backward(view, *_unflat_grads(raw, grads))
+        result = backward(view, *_unflat_grads(raw, grads, ctx.spec))
         _, flat = _flatten(result if isinstance(result, tuple) else (result,))
         return (None, *flat)
 
@@ -155,7 +155,7 @@ def define_op(
     @torch.compiler.allow_in_graph
     def functorch_call(*args: Any) -> Any:
         spec, flat = _flatten(args)
-        return _structured_output(raw, function.apply(spec, *flat), args)  # type: ignore[attr-defined]
+        return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
 
     eager_call = _eager_route(name, raw, setup_context, backward, function_backward)
 
@@ -220,7 +220,7 @@ def _eager_route(
 
     def call(*args: Any) -> Any:
         spec, flat = _flatten(args)
-        return _structured_output(raw, function.apply(spec, *flat), args)  # type: ignore[attr-defined]
+        return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
 
     return call
 
@@ -236,22 +236,22 @@ def _list_returns(raw: Any) -> list[bool]:
     return [str(r.type) == "List[Tensor]" for r in raw._schema.returns]
 
 
-def _structured_output(raw: Any, output: Any, args: Sequence[Any]) -> Any:
-    """Inverse of `_flat_output`. Every list an op returns is as long as its first list argument."""
-    kinds = _list_returns(raw)
-    if not any(kinds):
-        return output
-    length = next(len(a) for a in args if isinstance(a, (list, tuple)))
-    values = _unflatten(tuple(length if k else None for k in kinds), output)
+def _output_spec(raw: Any, spec: Sequence[int | None]) -> tuple[int | None, ...]:
+    """Spec of the outputs: the i-th list an op returns is as long as its i-th list argument."""
+    lengths = (length for length in spec if length is not None)
+    return tuple(next(lengths) if kind else None for kind in _list_returns(raw))
+
+
+def _structured_output(raw: Any, output: Any, spec: Sequence[int | None]) -> Any:
+    """Inverse of `_flat_output`."""
+    if isinstance(output, Tensor):
+        output = (output,)
+    values = _unflatten(_output_spec(raw, spec), output)
     return values[0] if len(values) == 1 else values
 
 
-def _unflat_grads(raw: Any, grads: Sequence[Any]) -> Sequence[Any]:
-    kinds = _list_returns(raw)
-    if not any(kinds):
-        return grads
-    length = len(grads) // len(kinds)
-    return _unflatten(tuple(length if k else None for k in kinds), grads)
+def _unflat_grads(raw: Any, grads: Sequence[Any], spec: Sequence[int | None] = ()) -> Sequence[Any]:
+    return _unflatten(_output_spec(raw, spec), grads) if any(_list_returns(raw)) else grads
 
 
 class _StructuredContext:
