@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
       for (int64_t c = from + ((part - from) & (kParts - 1)); c < to; c += kParts) out[c] = none;
     };
 
-    __syncthreads();  // the last work item is done with shared memory
-    if (thread < kTile) {
+    if (thread < kTile) {  // nobody looks at the last work item's queries after its last barrier
       const int64_t query = query0 + thread;
       set_row(shared->query, thread, query < p.num_queries ? task * p.num_queries + query : -1,
               p.query_factor);

@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     for (int c = 0; c < kPatches * kPack; ++c) weight_sum[c] = 0;
 
     for (int64_t other0 = 0; other0 < num_other; other0 += kTile) {
-      __syncthreads();  // the last tile is done with the other side
-      if (thread < kTile) {
+      if (thread < kTile) {  // nobody looks at the last tile's other side after its last barrier
         const int64_t position = other0 + thread;
         const bool exists = position < num_other;
         if constexpr (kOwnsQueries) {
@@ -345,7 +344,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     }
 
     if constexpr (kOwnsQueries) {
-      __syncthreads();  // the slopes have been read: their place takes the sums of weight
+      if constexpr (Product::kWeighs) {
+        __syncthreads();  // the slopes have been read: their place takes the sums of weight
+      }
       if (slice == 0 && tx == 0) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) shared->row_sum[ty * 4 + r] = row_sum[r];

@@ -98,8 +98,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int i = 0; i < width; ++i) sum[i] += value[i];
         }
       }
-      count += found;
-      __syncthreads();  // the lists are read before the next step rewrites them
+      count += found;  // the next step writes its list after a barrier
     }
 
     if (owns) {

@@ -147,6 +147,8 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
                                              : cuemu::Order::kRandom,
                         seed, max_grid};
   });
+  m.def("take_barriers", [] { return std::exchange(cuemu::barriers(), {}); });
+  m.def("skip_barrier", [](const std::string& site) { cuemu::options().skipped_barrier = site; });
   m.def("take_launches", [] { return std::exchange(cuemu::launches(), {}); });
 
   m.def("segment_mean", &mean);

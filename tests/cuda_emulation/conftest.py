@@ -48,6 +48,7 @@ SANITIZE = {
     "": [],
     # -O0: the sanitizers' checks take the optimiser minutes.
     "address": ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 
 
@@ -64,7 +65,8 @@ def compile_emulation(
         sources: Files to compile and the folders of ``csrc`` they depend on; default all.
         name: Module name.
         defines: Macros, ``NAME`` or ``NAME=value``, seen by every source.
-        sanitize: ``""`` or ``"address"`` (AddressSanitizer and UndefinedBehaviorSanitizer).
+        sanitize: ``""``, ``"address"`` (AddressSanitizer and UndefinedBehaviorSanitizer) or
+            ``"thread"`` (ThreadSanitizer).
 
     Raises:
         RuntimeError: A compiler is missing or failed; the message holds its output.
@@ -145,6 +147,9 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
+SANITIZER = "FASTMETA_EMULATION_SANITIZE"
+SEED = "FASTMETA_EMULATION_SEED"
+
 SCALARS = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -192,8 +197,11 @@ class Emulation:
         self.module = module
 
     def schedule(self, seed: int = 0, order: str = "random", max_grid: int = 2**31 - 1) -> None:
-        """Set the order of threads and blocks, and the most blocks that a launch gets."""
-        self.module.schedule(order, seed, max_grid)
+        """Set the order of threads and blocks, and the most blocks that a launch gets.
+
+        ``FASTMETA_EMULATION_SEED`` is added to the seed: another number is another set of orders.
+        """
+        self.module.schedule(order, seed + int(os.environ.get(SEED, "0")), max_grid)
 
     def input(self, tensor: torch.Tensor, offset: int = 0) -> Array:
         """Return an argument that holds ``tensor``, ``offset`` elements past 64-byte alignment."""
@@ -205,7 +213,11 @@ class Emulation:
 
     @staticmethod
     def check(
-        got: torch.Tensor, truth: torch.Tensor, peer: torch.Tensor, magnitude: float = 0.0
+        got: torch.Tensor,
+        truth: torch.Tensor,
+        peer: torch.Tensor,
+        magnitude: float = 0.0,
+        what: str = "result",
     ) -> None:
         """Assert that ``got`` errs at most twice as much as ``peer``, and a rounding of its dtype.
 
@@ -215,6 +227,7 @@ class Emulation:
             peer: The definition in the kernel's accumulation type, by PyTorch. In float64 it is the
                 truth, whose own rounding is then allowed for: 64 units in the last place.
             magnitude: Of sums that cancel: the sum of the terms' absolute values.
+            what: For the message.
         """
         assert got.shape == truth.shape
         finite = torch.isfinite(truth)
@@ -229,7 +242,8 @@ class Emulation:
         rounding = torch.finfo(acc).eps * max(units * scale.max().item(), units * magnitude / 4)
         rounding += torch.finfo(got.dtype).eps * scale + torch.finfo(got.dtype).tiny
         worst = (error - rounding).max().item()
-        assert worst <= 2 * peer_error, f"error {error.max().item()}, peer's {peer_error}"
+        message = f"{what}: error {error.max().item():.3e}, peer's {peer_error:.3e}"
+        assert worst <= 2 * peer_error, message
 
     def launches(self) -> list:
         """Return the launches since the last call."""
@@ -245,9 +259,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def emulation_module() -> ModuleType:
-    """The compiled sources; under ``FASTMETA_EMULATION_SANITIZE=address`` with sanitizers."""
-    sanitize = os.environ.get("FASTMETA_EMULATION_SANITIZE", "")
-    return load_module(compile_emulation(sanitize=sanitize))
+    """The compiled sources; with the sanitizer that ``FASTMETA_EMULATION_SANITIZE`` names."""
+    return load_module(compile_emulation(sanitize=os.environ.get(SANITIZER, "")))
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,16 @@
 // order of the blocks, are drawn from a seeded generator, so each seed is one legal schedule. It
 // checks as it runs: barriers in divergent code, deadlocks, lanes outside a mask, launch limits.
 // Shared memory is a fresh heap block of the exact size, filled with NaN, so that reads before
-// writes and (under AddressSanitizer) overruns are seen. This file is the machine; cuemu_device.h
-// is CUDA's vocabulary on top of it. C++20, no dependency, one OS thread.
+// writes and (under AddressSanitizer) overruns are seen. Under ThreadSanitizer every fiber is a
+// thread of its own, and only barriers order memory within a block, nothing between blocks: a
+// missing barrier and two owners of one output are data races in every schedule. This file is the
+// machine; cuemu_device.h is CUDA's vocabulary on top of it. C++20, no dependency, one OS thread.
 #pragma once
 #if defined(__CUDACC__)
 #error "cuemu.h is for host compilers only"
 #endif
 #define CUEMU 1
 #include <sys/mman.h>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -26,6 +25,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,6 +34,12 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_ignore_thread_begin();
+extern "C" void __tsan_ignore_thread_end();
+#endif
+#include "cuemu_context.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -52,6 +58,7 @@ struct Options {
   Order order = Order::kRandom;
   uint64_t seed = 0;
   int64_t max_grid = 2147483647;  // launchers clip their grids to it
+  std::string skipped_barrier;    // FILE:LINE of one that threads run through: a planted bug
 };
 
 struct LaunchRecord {
@@ -65,59 +72,33 @@ inline Options& options() {
   return instance;
 }
 
+inline std::set<std::string>& barriers() {  // FILE:LINE of those met since last cleared
+  static std::set<std::string> instance;
+  return instance;
+}
+
 inline std::vector<LaunchRecord>& launches() {  // since the caller last cleared it
   static std::vector<LaunchRecord> instance;
   return instance;
 }
 
-// ---- switching between fibers -------------------------------------------------------------------
-
-#if defined(__x86_64__)
-// About 20 times quicker than swapcontext, which makes two system calls.
-using Context = void*;
-extern "C" void cuemu_swap(void** from, void* to);
-asm(R"(.pushsection .text.cuemu_swap,"axG",@progbits,cuemu_swap,comdat
-.weak cuemu_swap
-.type cuemu_swap,@function
-cuemu_swap: pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-  movq %rsp,(%rdi); movq %rsi,%rsp
-  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret
-.size cuemu_swap,.-cuemu_swap
-.popsection)");
-
-inline void swap_context(Context* from, Context* to) { cuemu_swap(from, *to); }
-
-inline void make_context(Context* context, char* stack, size_t size, void (*entry)()) {
-  auto** top =
-      reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t{15});
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(entry);
-  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-  *context = top;
-}
-#else
-using Context = ucontext_t;
-
-inline void swap_context(Context* from, Context* to) { swapcontext(from, to); }
-
-inline void make_context(Context* context, char* stack, size_t size, void (*entry)()) {
-  getcontext(context);
-  context->uc_stack = {stack, 0, size};
-  context->uc_link = nullptr;
-  makecontext(context, entry, 0);
-}
-#endif
-
 inline constexpr size_t kStackBytes = 128 << 10;
 inline constexpr size_t kPage = 4096;
 inline constexpr unsigned kLanes = 32;
 inline constexpr unsigned kMaxThreads = 1024;
+inline constexpr size_t kDepositBytes = 32;
 
 enum class State : uint8_t { kRunning, kAtBarrier, kAtCollective, kDone };
 
+struct Stack {  // and who ThreadSanitizer takes its owner for
+  char* memory = nullptr;
+  void* identity = nullptr;
+  int uses = 0;
+};
+
 struct Fiber {
   Context context;
-  char* stack = nullptr;
+  Stack* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   dim3 thread;
   unsigned linear = 0;
@@ -126,19 +107,21 @@ struct Fiber {
   int line = 0;
 };
 
-struct Rendezvous {  // of the lanes of one mask; two buffers, so that one round may overtake the
-                     // last
+// Of the lanes of one mask; two buffers, so that one round may overtake the last.
+struct Rendezvous {
+  char order[2] = {};  // addresses that ThreadSanitizer orders memory by
   uint32_t arrived = 0;
   uint64_t round = 0;
   const char* what = nullptr;
   int line = 0;
-  alignas(16) unsigned char deposit[2][kLanes][16];
+  alignas(16) unsigned char deposit[2][kLanes][kDepositBytes];
 };
 
 using Memory = std::unique_ptr<unsigned char, decltype(&std::free)>;
 
 struct Machine {  // one, reused for every block of every launch
   std::vector<Fiber> fibers;
+  std::vector<Stack> stacks;
   std::vector<unsigned> ready;
   std::map<std::pair<unsigned, uint32_t>, Rendezvous> rendezvous;
   std::map<const void*, Memory> static_shared;
@@ -147,6 +130,9 @@ struct Machine {  // one, reused for every block of every launch
   void* main_fake_stack = nullptr;
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
+  void* main_identity = nullptr;
+  std::unique_ptr<char[]> barrier_order;  // new for every block: barriers order nothing beyond it
+  char begin_order = 0, end_order = 0;    // of the launch
   Fiber* current = nullptr;
   dim3 block_index, block_size, grid_size;
   unsigned threads = 0, at_barrier = 0, live = 0, barrier_round = 0;
@@ -162,6 +148,27 @@ inline Machine& machine() {
   return instance;
 }
 
+// The emulator's own accesses, while one lives, are nobody's race.
+struct Untracked {
+#if defined(__SANITIZE_THREAD__)
+  Untracked() { __tsan_ignore_thread_begin(); }
+  ~Untracked() { __tsan_ignore_thread_end(); }
+#else
+  Untracked() {}
+#endif
+  Untracked(const Untracked&) = delete;
+  Untracked& operator=(const Untracked&) = delete;
+};
+
+// What came before release(at) is seen after acquire(at).
+#if defined(__SANITIZE_THREAD__)
+inline void release(char* at) { __tsan_release(at); }
+inline void acquire(char* at) { __tsan_acquire(at); }
+#else
+inline void release(char* /*at*/) {}
+inline void acquire(char* /*at*/) {}
+#endif
+
 inline Memory fresh_shared(size_t bytes) {
   const size_t rounded = (bytes + 127) / 128 * 128;
   Memory memory(static_cast<unsigned char*>(std::aligned_alloc(128, rounded)), &std::free);
@@ -172,6 +179,9 @@ inline Memory fresh_shared(size_t bytes) {
   return memory;
 }
 
+#if defined(__SANITIZE_THREAD__)
+__attribute__((no_sanitize("thread"), noinline))
+#endif
 inline void switch_to(Fiber* next) {  // nullptr: the launching thread
   Machine& m = machine();
   Fiber* last = m.current;
@@ -179,8 +189,12 @@ inline void switch_to(Fiber* next) {  // nullptr: the launching thread
 #if defined(__SANITIZE_ADDRESS__)
   void** save = last == nullptr ? &m.main_fake_stack : &last->fake_stack;
   if (last != nullptr && last->state == State::kDone) save = nullptr;
-  __sanitizer_start_switch_fiber(save, next ? next->stack : m.main_stack,
+  __sanitizer_start_switch_fiber(save, next ? next->stack->memory : m.main_stack,
                                  next ? kStackBytes : m.main_stack_size);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(next ? next->stack->identity : m.main_identity,
+                         __tsan_switch_to_fiber_no_sync);
 #endif
   swap_context(last ? &last->context : &m.main, next ? &next->context : &m.main);
 #if defined(__SANITIZE_ADDRESS__)
@@ -228,7 +242,7 @@ inline void make_ready(unsigned thread) {
   machine().ready.push_back(thread);
 }
 
-inline void release_barrier() {
+inline void release_barrier(const std::string& site) {
   Machine& m = machine();
   const Fiber* first = nullptr;
   for (unsigned i = 0; i < m.threads; ++i) {
@@ -241,6 +255,7 @@ inline void release_barrier() {
     }
     make_ready(i);
   }
+  barriers().insert(site);
   m.at_barrier = 0;
   m.vote_result[m.barrier_round & 1] = m.vote;
   m.vote = 0;
@@ -258,18 +273,27 @@ inline void run_fiber() {
     m.main_stack_size = size;
   }
 #endif
+  acquire(&m.begin_order);
   try {
     m.kernel();
+    const Untracked mine;
     m.current->state = State::kDone;
     --m.live;
     if (m.live > 0 && m.at_barrier == m.live) {
       fail("returned while the other threads wait at a barrier");
     }
   } catch (...) {
+    const Untracked mine;
     if (!m.error) m.error = std::current_exception();
     m.current->state = State::kDone;
   }
-  switch_to(m.error ? nullptr : pick());
+  release(&m.end_order);
+  Fiber* next;
+  {
+    const Untracked mine;
+    next = m.error ? nullptr : pick();
+  }
+  switch_to(next);
   std::abort();  // a finished fiber is never resumed
 }
 
@@ -279,28 +303,36 @@ inline void give_way() {
 }
 
 // Returns how many threads of the block came with a true predicate.
-inline int block_barrier(int predicate, const char* what, int line) {
+inline int block_barrier(int predicate, const char* what, const char* file, int line) {
+  const Untracked mine;
   Machine& m = machine();
+  const auto site = [&] { return std::string(file) + ":" + std::to_string(line); };
+  if (!options().skipped_barrier.empty() && options().skipped_barrier == site()) return predicate;
   Fiber& me = *m.current;
   me.state = State::kAtBarrier;
   me.what = what;
   me.line = line;
   const unsigned round = m.barrier_round;
   m.vote += predicate != 0;
+  release(&m.barrier_order[round & 1]);
   if (++m.at_barrier == m.live) {
     if (m.live != m.threads)
       fail(at_line(what, line) + ": some threads of the block have returned");
-    release_barrier();
+    release_barrier(site());
   }
   give_way();
+  acquire(&m.barrier_order[round & 1]);
   return m.vote_result[round & 1];
 }
 
 // Every lane of mask deposits a value and waits for the others; then read(get, lane, mask) combines
-// them, get(lane) being the deposit of a lane of the mask.
+// them, get(lane) being the deposit of a lane of the mask. CUDA lets none but __syncwarp order
+// memory.
 template <class T, class Read>
-auto warp_collective(uint32_t mask, const T& value, const char* what, int line, Read read) {
-  static_assert(sizeof(T) <= 16);
+auto warp_collective(uint32_t mask, const T& value, const char* what, int line, bool orders,
+                     Read read) {
+  static_assert(sizeof(T) <= kDepositBytes);
+  const Untracked mine;
   Machine& m = machine();
   Fiber& me = *m.current;
   const unsigned warp = me.linear / kLanes, lane = me.linear % kLanes;
@@ -321,9 +353,11 @@ auto warp_collective(uint32_t mask, const T& value, const char* what, int line, 
   }
   meeting.what = what;
   meeting.line = line;
-  auto& deposit = meeting.deposit[meeting.round & 1];
+  const unsigned round = meeting.round & 1;
+  auto& deposit = meeting.deposit[round];
   std::memcpy(deposit[lane], &value, sizeof(T));
   meeting.arrived |= 1u << lane;
+  if (orders) release(&meeting.order[round]);
   me.state = State::kAtCollective;
   me.what = what;
   me.line = line;
@@ -335,6 +369,7 @@ auto warp_collective(uint32_t mask, const T& value, const char* what, int line, 
     }
   }
   give_way();
+  if (orders) acquire(&meeting.order[round]);
   const auto get = [&](unsigned from) {
     if (from >= kLanes || !(mask >> from & 1)) {
       fail(at_line(what, line) + ": reads lane " + std::to_string(from) + ", outside the mask");
@@ -359,26 +394,27 @@ inline void run_block(unsigned index, size_t dynamic_bytes) {
   m.live = m.threads;
   m.at_barrier = 0;
   m.vote = 0;
+  m.barrier_order = std::make_unique<char[]>(2);
+  // A thread index has another stack and identity in every block: else thread 0 of two blocks,
+  // which are most likely to write one place, would pass for one thread.
+  const unsigned shift = m.random() % m.threads;
   for (unsigned i = 0; i < m.threads; ++i) {
     Fiber& fiber = m.fibers[i];
-    if (fiber.stack == nullptr) {  // with a page below it that faults
-      void* pages = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (pages == MAP_FAILED) throw std::bad_alloc();
-      mprotect(pages, kPage, PROT_NONE);
-      fiber.stack = static_cast<char*>(pages) + kPage;
-    }
+    fiber.stack = &m.stacks[(i + shift) % m.threads];
 #if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack->memory, kStackBytes);
 #endif
-    make_context(&fiber.context, fiber.stack, kStackBytes, run_fiber);
+    make_context(&fiber.context, fiber.stack->memory, kStackBytes, run_fiber);
     fiber.linear = i;
     fiber.thread = dim3(i);
     fiber.fake_stack = nullptr;
     make_ready(i);
   }
   switch_to(pick());
-  if (m.error) std::rethrow_exception(m.error);
+  if (m.error) {
+    for (Stack& stack : m.stacks) stack.uses = 0;  // threads that were left standing
+    std::rethrow_exception(m.error);
+  }
   if (m.live > 0) {
     std::map<std::string, int> waiting;
     for (unsigned i = 0; i < m.threads; ++i) {
@@ -392,10 +428,33 @@ inline void run_block(unsigned index, size_t dynamic_bytes) {
   }
 }
 
+// Stacks for the threads of a block, each with a page below it that faults.
+inline void prepare_stacks(unsigned threads) {
+  Machine& m = machine();
+  if (m.fibers.size() < threads) m.fibers.resize(threads);
+  if (m.stacks.size() < threads) m.stacks.resize(threads);
+  for (Stack& stack : m.stacks) {
+    if (stack.memory == nullptr) {
+      void* pages = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (pages == MAP_FAILED) throw std::bad_alloc();
+      mprotect(pages, kPage, PROT_NONE);
+      stack.memory = static_cast<char*>(pages) + kPage;
+    }
+#if defined(__SANITIZE_THREAD__)
+    // Finished fibers leave frames on ThreadSanitizer's books; making an identity takes 0.2 ms.
+    if (stack.uses++ % 64 != 0) continue;
+    if (stack.identity != nullptr) __tsan_destroy_fiber(stack.identity);
+    stack.identity = __tsan_create_fiber(0);
+#endif
+  }
+}
+
 // Runs kernel() once per thread of every block. Grids and blocks have one dimension here.
 template <class Kernel>
 void launch(const char* what, unsigned grid, unsigned block, size_t dynamic_bytes,
             Kernel&& kernel) {
+  const Untracked mine;
   Machine& m = machine();
   if (grid == 0 || grid > 2147483647u) throw Error("cuemu: invalid grid size");
   if (block == 0 || block > kMaxThreads) throw Error("cuemu: invalid block size");
@@ -404,12 +463,17 @@ void launch(const char* what, unsigned grid, unsigned block, size_t dynamic_byte
   m.grid_size = dim3(grid);
   m.random.seed(options().seed * 0x9e3779b97f4a7c15ull + 1);
   m.kernel = std::forward<Kernel>(kernel);
-  if (m.fibers.size() < block) m.fibers.resize(block);
+  prepare_stacks(block);
+#if defined(__SANITIZE_THREAD__)
+  m.main_identity = __tsan_get_current_fiber();
+#endif
+  release(&m.begin_order);
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0u);
   if (options().order == Order::kRandom) std::shuffle(order.begin(), order.end(), m.random);
   if (options().order == Order::kReverse) std::reverse(order.begin(), order.end());
   for (unsigned index : order) run_block(index, dynamic_bytes);
+  acquire(&m.end_order);
   launches().push_back({what, grid, block, dynamic_bytes, m.static_shared_bytes});
   m.kernel = nullptr;
   m.dynamic_shared.reset();
@@ -420,6 +484,7 @@ inline void* dynamic_shared() { return machine().dynamic_shared.get(); }
 
 // The block's memory of the static __shared__ variable declared at `site`.
 inline void* shared_at(const void* site, size_t bytes) {
+  const Untracked mine;
   Machine& m = machine();
   auto [entry, is_new] = m.static_shared.try_emplace(site, nullptr, &std::free);
   if (is_new) {

@@ -17,27 +17,29 @@
 #define blockDim (::cuemu::machine().block_size)
 #define gridDim (::cuemu::machine().grid_size)
 
-inline void __syncthreads(int line = __builtin_LINE()) {
-  cuemu::block_barrier(0, "__syncthreads", line);
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuemu::block_barrier(0, "__syncthreads", file, line);
 }
 
-inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
-  return cuemu::block_barrier(predicate, "__syncthreads_or", line) != 0;
+inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(),
+                            int line = __builtin_LINE()) {
+  return cuemu::block_barrier(predicate, "__syncthreads_or", file, line) != 0;
 }
 
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
-  cuemu::warp_collective(mask, 0, "__syncwarp", line, [](auto, unsigned, uint32_t) { return 0; });
+  cuemu::warp_collective(mask, 0, "__syncwarp", line, true,
+                         [](auto, unsigned, uint32_t) { return 0; });
 }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return cuemu::warp_collective(
-      mask, value, "__shfl_xor_sync", line,
+      mask, value, "__shfl_xor_sync", line, false,
       [lanes](auto get, unsigned lane, uint32_t) { return get(lane ^ lanes); });
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return cuemu::warp_collective(mask, predicate, "__ballot_sync", line,
+  return cuemu::warp_collective(mask, predicate, "__ballot_sync", line, false,
                                 [](auto get, unsigned, uint32_t lanes) {
                                   unsigned votes = 0;
                                   for (unsigned l = 0; l < cuemu::kLanes; ++l) {

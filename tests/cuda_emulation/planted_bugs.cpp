@@ -1,5 +1,6 @@
 // Kernels with one bug each, and the same without: what the emulator and the sanitizers must catch.
-// usage: planted_bugs NAME SEED; prints the results, or the complaint and fails.
+// usage: planted_bugs NAME SEED; prints the results, or the complaint and fails. SEED "forward" and
+// "reverse" stand for threads in that order.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -59,24 +60,47 @@ void race(bool has_bug, float* out) {
   out[i] = total;
 }
 
+// Neighbours swap numbers through shared memory within a warp.
+void swap(bool has_bug, float* out) {
+  FASTMETA_SHARED(float[kThreads], numbers);
+  const int i = threadIdx.x;
+  numbers[i] = static_cast<float>(i);
+  if (!has_bug) __syncwarp();
+  out[i] = numbers[i ^ 1];
+}
+
+// Blocks share one output: each owns a half, or both own all.
+void own(bool has_bug, float* out) {
+  const int i = threadIdx.x;
+  if (has_bug || i / 32 == static_cast<int>(blockIdx.x)) out[i] = static_cast<float>(i);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const std::string bug = argv[1];
+  const std::string seed = argv[2];
+  if (seed == "forward") cuemu::options().order = cuemu::Order::kForward;
+  if (seed == "reverse") cuemu::options().order = cuemu::Order::kReverse;
   cuemu::options().seed = std::strtoull(argv[2], nullptr, 10);
-  const bool sums = bug == "race" || bug == "no race";
   const auto out = cuemu::fresh_shared(kThreads * sizeof(float));
   float* numbers = reinterpret_cast<float*>(out.get());
   try {
-    cuemu::launch(bug.c_str(), 1, bug == "large block" ? 2048 : kThreads, kThreads * sizeof(float),
-                  [&] {
-                    if (sums) {
-                      race(bug == "race", numbers);
-                    } else {
-                      reverse(bug, numbers);
-                    }
-                  });
+    const bool owns = bug == "two owners" || bug == "one owner";
+    const auto kernel = [&] {
+      if (owns) {
+        own(bug == "two owners", numbers);
+      } else if (bug == "race" || bug == "no race") {
+        race(bug == "race", numbers);
+      } else if (bug == "missing warp barrier" || bug == "warp barrier") {
+        swap(bug == "missing warp barrier", numbers);
+      } else {
+        reverse(bug, numbers);
+      }
+    };
+    const int block = bug == "large block" ? 2048 : kThreads;
+    cuemu::launch(bug.c_str(), owns ? 2 : 1, block, kThreads * sizeof(float), kernel);
   } catch (const cuemu::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 SOURCE = Path(__file__).resolve().parent / "planted_bugs.cpp"
 
 
-def run(program: Path, bug: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), bug, str(seed)], capture_output=True, text=True)
+def run(program: Path, bug: str, seed: int | str = 0) -> subprocess.CompletedProcess[str]:
+    # Names of functions in a report are what takes ThreadSanitizer a second.
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:symbolize=0:atexit_sleep_ms=0"}
+    command = [str(program), bug, str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +26,11 @@ def plain(compile_program) -> Path:
 @pytest.fixture(scope="module")
 def sanitized(compile_program) -> Path:
     return compile_program(SOURCE, sanitize="address")
+
+
+@pytest.fixture(scope="module")
+def race_detector(compile_program) -> Path:
+    return compile_program(SOURCE, sanitize="thread")
 
 
 @pytest.mark.parametrize(
@@ -65,9 +74,17 @@ def test_the_sanitizers_complain(sanitized, bug, complaint):
     assert complaint in done.stderr
 
 
-def test_without_a_bug_all_are_silent(plain, sanitized):
-    for program in (plain, sanitized):
-        for bug in ("none", "no race"):
+@pytest.mark.parametrize("order", [0, 1, 2, "forward", "reverse"])
+@pytest.mark.parametrize("bug", ["missing barrier", "race", "missing warp barrier", "two owners"])
+def test_races_are_seen_in_every_order(race_detector, bug, order):
+    done = run(race_detector, bug, order)
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr
+
+
+def test_without_a_bug_all_are_silent(plain, sanitized, race_detector):
+    for program in (plain, sanitized, race_detector):
+        for bug in ("none", "no race", "warp barrier", "one owner"):
             done = run(program, bug)
             assert done.returncode == 0, done.stderr
             assert "nan" not in done.stdout

@@ -1,4 +1,4 @@
-"""The emulated tests once more, every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The emulated tests once more, every kernel under the sanitizers and in several thread orders."""
 
 from __future__ import annotations
 
@@ -10,34 +10,51 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+OPS = ("segment_mean", "sgd_update", "matching_attention")
+# What each sanitizer needs in front of an interpreter that is not built with it. libstdc++ is there
+# so that exceptions are seen; leaks and races outside of the kernels are the interpreter's own.
+SANITIZERS = {
+    "address": (["libasan.so", "libstdc++.so.6"], {"ASAN_OPTIONS": "detect_leaks=0"}),
+    "thread": (
+        ["libtsan.so"],
+        {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
+    ),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_kernels_are_clean_under_the_sanitizers():
-    compiler = os.environ.get("CXX", "g++")
+def run(sanitizer: str, seed: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest on the emulated ops in an interpreter with the sanitizer in front."""
+    compiler = os.environ.get("CXX", "g++").split()
+    names, options = SANITIZERS[sanitizer]
     libraries = [
         subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")  # the second: so that exceptions are seen
+        for name in names
     ]
     environment = {
         **os.environ,
-        "FASTMETA_EMULATION_SANITIZE": "address",
+        **options,
+        "FASTMETA_EMULATION_SANITIZE": sanitizer,
+        "FASTMETA_EMULATION_SEED": str(seed),
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
         "OMP_NUM_THREADS": "1",
     }
-    ops = [
-        str(HERE / f"test_{op}.py") for op in ("segment_mean", "sgd_update", "matching_attention")
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *ops],
+    files = [str(HERE / f"test_{op}.py") for op in OPS]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         cwd=HERE.parents[1],
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_kernels_are_clean_under_the_sanitizers(sanitizer, seed):
+    done = run(sanitizer, seed)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout

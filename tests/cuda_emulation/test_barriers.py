@@ -1,0 +1,77 @@
+"""Every barrier of the kernels, taken away one at a time: the tests must see that it is gone."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+
+import pytest
+import torch
+from cuda_emulation.cases import Case
+from cuda_emulation.test_segment_mean import make, run_backward, run_mean
+from cuda_emulation.test_sgd_update import Tensors
+from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
+
+ONE_BLOCK = 1  # takes all the work, so that shared memory is used again and again
+SCHEDULES = [("random", seed) for seed in range(6)] + [("forward", 0), ("reverse", 0)]
+
+
+def segment_mean(emulation):
+    values, labels = make(2, 700, 3, 4, torch.float32)
+    mean, count = run_mean(emulation, values, labels, 3, "float32")
+    return [mean, count, run_backward(emulation, mean, labels, count, "float32")]
+
+
+def sgd_update(emulation):
+    entries = [Tensors(3, 20000, "own", "own", lr, torch.float32, 1) for lr in ("one", "per_task")]
+    return [grad for grads in run_sgd_backward(emulation, "float32", entries) for grad in grads]
+
+
+def matching(similarity, nll):
+    def run(emulation):
+        case = Case(2, 70, 67, 3, 20, similarity, torch.float32)
+        return list(case.run(emulation, nll=nll).values())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(segment_mean, id="segment_mean"),
+        pytest.param(sgd_update, id="sgd_update"),
+        pytest.param(matching("cosine", False), id="matching_attention"),
+        pytest.param(matching("additive", True), id="matching_nll"),
+    ],
+)
+def test_a_missing_barrier_is_seen(emulation, run):
+    emulation.schedule(max_grid=ONE_BLOCK)
+    emulation.module.take_barriers()
+    right = run(emulation)
+    sites = emulation.module.take_barriers()
+    assert sites
+    unseen = {site for site in sites if not is_seen(emulation, run, site, right)}
+    assert not unseen
+
+
+def is_seen(emulation, run, site, right):
+    """Whether some thread order gives other numbers, or none, without the barrier at ``site``."""
+    return any(differs(emulation, run, site, right, *schedule) for schedule in SCHEDULES)
+
+
+def differs(emulation, run, site, right, order, seed):
+    child = os.fork()  # what has not been written may serve as an address, or bound a loop
+    if child == 0:
+        same = False
+        try:
+            faulthandler.disable()
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            torch.set_num_threads(1)  # the pool of threads stays with the parent
+            emulation.schedule(seed, order, ONE_BLOCK)
+            emulation.module.skip_barrier(site)
+            same = all(map(torch.equal, right, run(emulation)))
+        finally:
+            os._exit(0 if same else 1)
+    return os.waitpid(child, 0)[1] != 0
