@@ -15,10 +15,11 @@
 
 namespace fastmeta::engine::FASTMETA_ISA::channel_norm {
 
-// Pixels that are read twice while they are in the first cache: once for their mean, once for the
-// squares around it. Sums over more pixels join chunk by chunk, which also keeps float sums
-// accurate.
+// Pixels whose sums are taken alone before they join the total: float sums stay accurate, and what
+// is read twice (for the mean, and for the squares around it) is still in the cache.
 constexpr int64_t kChunk = 64;
+// Pixels of a tile where elements are written: few enough for the first cache.
+constexpr int64_t kTile = 16;
 
 // Arrays of [ld]. Sums of squares m2 around the mean; co: sums of (x - m)(dx - dm).
 template <class T>
@@ -26,64 +27,59 @@ struct Moments {
   T *mean, *m2, *dmean, *co;
 };
 
-// kDual takes the tangents' moments, too.
+// kDual takes the tangents' moments, too. n > 0.
 template <bool kDual, class T>
 void moments(const T* x, const T* dx, int64_t n, int64_t ld, const Moments<T>& to) {
-  over_channels<T, kDual ? 2 : 4>(ld, [&](auto vectors, int64_t c) {
+  const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
-    Vec<T> mean[kN] = {}, m2[kN] = {}, dmean[kN] = {}, co[kN] = {};
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-      const int64_t count = min_of(kChunk, n - begin);
-      const T* px = x + begin * ld + c;
-      const T* pdx = kDual ? dx + begin * ld + c : nullptr;
-      Vec<T> sum[kN] = {}, dsum[kN] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        FASTMETA_UNROLL
-        for (int k = 0; k < kN; ++k) {
-          sum[k] += load(px + i * ld + k * kW);
-          if constexpr (kDual) dsum[k] += load(pdx + i * ld + k * kW);
-        }
-      }
-      const T share = T(1) / static_cast<T>(count);
+    Vec<T> mean[kN] = {}, dmean[kN] = {};
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
-        sum[k] *= share;
-        dsum[k] *= share;
-      }
-      Vec<T> squares[kN] = {}, products[kN] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        FASTMETA_UNROLL
-        for (int k = 0; k < kN; ++k) {
-          const Vec<T> d = load(px + i * ld + k * kW) - sum[k];
-          squares[k] += d * d;
-          if constexpr (kDual) products[k] += d * (load(pdx + i * ld + k * kW) - dsum[k]);
-        }
-      }
-      // Join with what came before: Chan, Golub, LeVeque (1979).
-      const T part = static_cast<T>(count) / static_cast<T>(begin + count);
-      const T weight = part * static_cast<T>(begin);
-      FASTMETA_UNROLL
-      for (int k = 0; k < kN; ++k) {
-        const Vec<T> step = sum[k] - mean[k];
-        mean[k] += step * part;
-        m2[k] += squares[k] + step * step * weight;
-        if constexpr (kDual) {
-          const Vec<T> dstep = dsum[k] - dmean[k];
-          dmean[k] += dstep * part;
-          co[k] += products[k] + step * dstep * weight;
-        }
+        mean[k] += load(x + at + k * kW);
+        if constexpr (kDual) dmean[k] += load(dx + at + k * kW);
       }
     }
+    const T share = T(1) / static_cast<T>(end - begin);
     FASTMETA_UNROLL
     for (int k = 0; k < kN; ++k) {
-      store(to.mean + c + k * kW, mean[k]);
-      store(to.m2 + c + k * kW, m2[k]);
-      if constexpr (kDual) {
-        store(to.dmean + c + k * kW, dmean[k]);
-        store(to.co + c + k * kW, co[k]);
+      mean[k] *= share;
+      dmean[k] *= share;
+    }
+    Vec<T> m2[kN] = {}, co[kN] = {};
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
+      FASTMETA_UNROLL
+      for (int k = 0; k < kN; ++k) {
+        const Vec<T> d = load(x + at + k * kW) - mean[k];
+        m2[k] += d * d;
+        if constexpr (kDual) co[k] += d * (load(dx + at + k * kW) - dmean[k]);
       }
     }
-  });
+    // Join with the chunks before: Chan, Golub, LeVeque (1979).
+    const T part = static_cast<T>(end - begin) / static_cast<T>(end);
+    const T weight = part * static_cast<T>(begin);
+    FASTMETA_UNROLL
+    for (int k = 0; k < kN; ++k) {
+      const int64_t at = c + k * kW;
+      if (begin > 0) {
+        const Vec<T> before = load(to.mean + at), step = mean[k] - before;
+        mean[k] = before + step * part;
+        m2[k] += load(to.m2 + at) + step * step * weight;
+        if constexpr (kDual) {
+          const Vec<T> dbefore = load(to.dmean + at), dstep = dmean[k] - dbefore;
+          dmean[k] = dbefore + dstep * part;
+          co[k] += load(to.co + at) + step * dstep * weight;
+        }
+      }
+      store(to.mean + at, mean[k]);
+      store(to.m2 + at, m2[k]);
+      if constexpr (kDual) {
+        store(to.dmean + at, dmean[k]);
+        store(to.co + at, co[k]);
+      }
+    }
+  };
+  over_tiles<T, kDual ? 2 : 4, kChunk>(n, ld, body);
 }
 
 // Arrays of [ld]; dmean is used where dx is there.
@@ -94,7 +90,7 @@ struct Scaling {
 
 template <class T>
 void normalize(const T* x, int64_t n, int64_t ld, const Scaling<T>& by, T* y) {
-  over_channels<T, 4>(ld, [&](auto vectors, int64_t c) {
+  const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
     Vec<T> mean[kN], scale[kN], shift[kN];
     FASTMETA_UNROLL
@@ -103,19 +99,20 @@ void normalize(const T* x, int64_t n, int64_t ld, const Scaling<T>& by, T* y) {
       scale[k] = load(by.scale + c + k * kW);
       shift[k] = load(by.shift + c + k * kW);
     }
-    for (int64_t at = c; at < n * ld; at += ld) {
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
         store(y + at + k * kW, (load(x + at + k * kW) - mean[k]) * scale[k] + shift[k]);
       }
     }
-  });
+  };
+  over_tiles<T, 4, kTile>(n, ld, body);
 }
 
 template <bool kDx, class T>
 void dual_normalize(const T* x, const T* dx, int64_t n, int64_t ld, const Scaling<T>& by, T* y,
                     T* dy) {
-  over_channels<T, 2>(ld, [&](auto vectors, int64_t c) {
+  const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
     Vec<T> mean[kN], scale[kN], shift[kN], dmean[kN], dscale[kN], dshift[kN];
     FASTMETA_UNROLL
@@ -127,7 +124,7 @@ void dual_normalize(const T* x, const T* dx, int64_t n, int64_t ld, const Scalin
       dscale[k] = load(by.dscale + c + k * kW);
       dshift[k] = load(by.dshift + c + k * kW);
     }
-    for (int64_t at = c; at < n * ld; at += ld) {
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
         const Vec<T> centred = load(x + at + k * kW) - mean[k];
@@ -137,7 +134,8 @@ void dual_normalize(const T* x, const T* dx, int64_t n, int64_t ld, const Scalin
         store(dy + at + k * kW, v);
       }
     }
-  });
+  };
+  over_tiles<T, 2, kTile>(n, ld, body);
 }
 
 // Arrays of [ld]: sums over the pixels of h, of h (x - m), and of their tangents dh and
@@ -150,47 +148,36 @@ struct Sums {
 template <bool kDual, bool kDx, class T>
 void sum_cotangents(const T* x, const T* dx, const T* gy, const T* dgy, int64_t n, int64_t ld,
                     const T* mean, const T* dmean, const Sums<T>& to) {
-  over_channels<T, kDual ? 2 : 4>(ld, [&](auto vectors, int64_t c) {
+  const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
-    Vec<T> m[kN], dm[kN], total[4][kN] = {};
+    Vec<T> m[kN], dm[kN], sum[4][kN] = {};
     FASTMETA_UNROLL
     for (int k = 0; k < kN; ++k) {
       m[k] = load(mean + c + k * kW);
       if constexpr (kDx) dm[k] = load(dmean + c + k * kW);
     }
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-      Vec<T> sum[4][kN] = {};
-      const int64_t end = min_of(begin + kChunk, n) * ld;
-      for (int64_t at = begin * ld + c; at < end; at += ld) {
-        FASTMETA_UNROLL
-        for (int k = 0; k < kN; ++k) {
-          const Vec<T> h = load(gy + at + k * kW), d = load(x + at + k * kW) - m[k];
-          sum[0][k] += h;
-          sum[1][k] += h * d;
-          if constexpr (kDual) {
-            const Vec<T> dh = load(dgy + at + k * kW);
-            sum[2][k] += dh;
-            sum[3][k] += dh * d;
-            if constexpr (kDx) sum[3][k] += h * (load(dx + at + k * kW) - dm[k]);
-          }
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
+      FASTMETA_UNROLL
+      for (int k = 0; k < kN; ++k) {
+        const Vec<T> h = load(gy + at + k * kW), d = load(x + at + k * kW) - m[k];
+        sum[0][k] += h;
+        sum[1][k] += h * d;
+        if constexpr (kDual) {
+          const Vec<T> dh = load(dgy + at + k * kW);
+          sum[2][k] += dh;
+          sum[3][k] += dh * d;
+          if constexpr (kDx) sum[3][k] += h * (load(dx + at + k * kW) - dm[k]);
         }
       }
-      FASTMETA_UNROLL
-      for (int j = 0; j < (kDual ? 4 : 2); ++j) {
-        FASTMETA_UNROLL
-        for (int k = 0; k < kN; ++k) total[j][k] += sum[j][k];
-      }
     }
+    T* const totals[] = {to.plain, to.centred, to.dplain, to.dcentred};
     FASTMETA_UNROLL
-    for (int k = 0; k < kN; ++k) {
-      store(to.plain + c + k * kW, total[0][k]);
-      store(to.centred + c + k * kW, total[1][k]);
-      if constexpr (kDual) {
-        store(to.dplain + c + k * kW, total[2][k]);
-        store(to.dcentred + c + k * kW, total[3][k]);
-      }
+    for (int j = 0; j < (kDual ? 4 : 2); ++j) {
+      FASTMETA_UNROLL
+      for (int k = 0; k < kN; ++k) give(totals[j] + c + k * kW, sum[j][k], begin > 0);
     }
-  });
+  };
+  over_tiles<T, kDual ? 2 : 4, kChunk>(n, ld, body);
 }
 
 // Arrays of [ld], named as above.
@@ -202,7 +189,7 @@ struct Spreading {
 template <class T>
 void spread(const T* x, const T* gy, int64_t n, int64_t ld, const Spreading<T>& by, bool add,
             T* gx) {
-  over_channels<T, 2>(ld, [&](auto vectors, int64_t c) {
+  const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
     Vec<T> mean[kN], p[kN], q[kN], v[kN];
     FASTMETA_UNROLL
@@ -212,25 +199,26 @@ void spread(const T* x, const T* gy, int64_t n, int64_t ld, const Spreading<T>& 
       q[k] = load(by.q + c + k * kW);
       v[k] = load(by.v + c + k * kW);
     }
-    for (int64_t at = c; at < n * ld; at += ld) {
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
         const Vec<T> centred = load(x + at + k * kW) - mean[k];
         give(gx + at + k * kW, load(gy + at + k * kW) * p[k] - q[k] - centred * v[k], add);
       }
     }
-  });
+  };
+  over_tiles<T, 2, kTile>(n, ld, body);
 }
 
 // gx or dgx may be null.
 template <bool kDx, class T>
 void dual_spread(const T* x, const T* dx, const T* gy, const T* dgy, int64_t n, int64_t ld,
                  const Spreading<T>& by, bool add, T* gx, T* dgx) {
-  over_channels<T, 1>(ld, [&](auto, int64_t c) {
+  const auto body = [&](auto, int64_t c, int64_t begin, int64_t end) {
     const Vec<T> mean = load(by.mean + c), p = load(by.p + c), q = load(by.q + c),
                  v = load(by.v + c), dmean = load(by.dmean + c), dp = load(by.dp + c),
                  dq = load(by.dq + c), dv = load(by.dv + c);
-    for (int64_t at = c; at < n * ld; at += ld) {
+    for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       const Vec<T> h = load(gy + at), centred = load(x + at) - mean;
       if (gx != nullptr) give(gx + at, h * p - q - centred * v, add);
       if (dgx != nullptr) {
@@ -239,7 +227,8 @@ void dual_spread(const T* x, const T* dx, const T* gy, const T* dgy, int64_t n, 
         give(dgx + at, out, add);
       }
     }
-  });
+  };
+  over_tiles<T, 1, kTile>(n, ld, body);
 }
 
 }  // namespace fastmeta::engine::FASTMETA_ISA::channel_norm

@@ -46,6 +46,17 @@ FASTMETA_INLINE void over_channels(int64_t ld, Body&& body) {
   }
 }
 
+// body(std::integral_constant<int, N>, channel, begin, end) for tiles of kPixels of n pixels and N
+// <= kMost vectors of channels. Tiles of the same pixels follow each other: memory is read in
+// order, and once, though a block of channels takes but parts of its lines.
+template <class T, int kMost, int64_t kPixels, class Body>
+FASTMETA_INLINE void over_tiles(int64_t n, int64_t ld, Body&& body) {
+  for (int64_t begin = 0; begin < n; begin += kPixels) {
+    const int64_t end = min_of(begin + kPixels, n);
+    over_channels<T, kMost>(ld, [&](auto vectors, int64_t c) { body(vectors, c, begin, end); });
+  }
+}
+
 inline int64_t input_size(const Node& node, int64_t rows) { return rows * node.in.row(); }
 inline int64_t output_size(const Node& node, int64_t rows) { return rows * node.out.row(); }
 
