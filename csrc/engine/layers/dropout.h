@@ -18,7 +18,9 @@ namespace fastmeta::engine::FASTMETA_ISA::dropout {
 
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
-FASTMETA_INLINE uint64_t mix(uint64_t z) {
+// One word, or a vector of them.
+template <class Word>
+FASTMETA_INLINE Word mix(Word z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
@@ -42,6 +44,32 @@ int64_t scratch_bytes(const Node&, int64_t) {
   return 0;
 }
 
+// Words of 64 bits whatever T is, so that a vector of floats takes two vectors of them.
+typedef uint64_t Words __attribute__((vector_size(kVecBytes)));
+constexpr int kWords = kVecBytes / 8;
+
+// Joins masks of 64-bit lanes to one of T's lanes.
+template <class T>
+struct Kept;
+template <>
+struct Kept<double> {
+  static constexpr int kParts = 1;
+  [[gnu::always_inline]] static IntVec<double> mask(const IntVec<double>* parts) { return *parts; }
+};
+template <>
+struct Kept<float> {
+  static constexpr int kParts = 2;
+  typedef int32_t Half __attribute__((vector_size(kVecBytes / 2)));
+  template <int... I>
+  [[gnu::always_inline]] static IntVec<float> join(Half low, Half high, Lanes<I...>) {
+    return __builtin_shufflevector(low, high, I...);
+  }
+  [[gnu::always_inline]] static IntVec<float> mask(const IntVec<double>* parts) {
+    return join(__builtin_convertvector(parts[0], Half), __builtin_convertvector(parts[1], Half),
+                typename MakeLanes<2 * kWords>::type{});
+  }
+};
+
 // body(offset, factors) for each vector of the value: 0 or 1 / (1 - p).
 template <class T, class Body>
 FASTMETA_INLINE void over_factors(const LayerCall<T>& call, Body&& body) {
@@ -51,18 +79,21 @@ FASTMETA_INLINE void over_factors(const LayerCall<T>& call, Body&& body) {
   const T kept = node.a < 1 ? static_cast<T>(1 / (1 - node.a)) : T(0);
   // p * 2^53 is exact, and its ceiling the least u >> 11 that is kept.
   const int64_t least = static_cast<int64_t>(__builtin_ceil(node.a * 0x1p53));
-  const uint64_t lane_step = static_cast<uint64_t>(pixels) * kGolden;
+  // Channels are pixels apart in torch's order.
+  const uint64_t step = static_cast<uint64_t>(pixels) * kGolden;
+  Words lanes;
+  for (int k = 0; k < kWords; ++k) lanes[k] = static_cast<uint64_t>(k) * step;
   for (int64_t i = 0; i < call.rows * pixels; ++i) {
     const int64_t first = (i / pixels) * channels * pixels + i % pixels;
-    uint64_t position = key + static_cast<uint64_t>(first) * kGolden;
+    Words position = lanes + (key + static_cast<uint64_t>(first) * kGolden);
     for (int64_t c = 0; c < ld; c += kWidth<T>) {
-      Vec<T> factors;
-      for (int k = 0; k < kWidth<T>; ++k) {
-        const int64_t u = static_cast<int64_t>(mix(position + k * lane_step) >> 11);
-        factors[k] = u >= least ? kept : T(0);
+      IntVec<double> parts[Kept<T>::kParts];
+      FASTMETA_UNROLL
+      for (int k = 0; k < Kept<T>::kParts; ++k) {
+        parts[k] = reinterpret_cast<IntVec<double>>(mix(position) >> 11) >= least;
+        position += kWords * step;
       }
-      position += kWidth<T> * lane_step;
-      body(i * ld + c, factors);
+      body(i * ld + c, Kept<T>::mask(parts) ? splat<T>(kept) : Vec<T>{});
     }
   }
 }
