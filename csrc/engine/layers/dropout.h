@@ -4,13 +4,15 @@
 //   mix(z):  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9
 //            z = (z ^ (z >> 27)) * 0x94d049bb133111eb
 //            z ^ (z >> 31)
-//   key:     0, then key = mix(key + v + G) for v = seed, id, pass, task; G = 0x9e3779b97f4a7c15
-//   u:       mix(key + element * G)
-//   kept:    (u >> 11) * 2^-53 >= p
+//   key:     mix(seed + G), then key = mix(key ^ (v + G)) for v = id, pass, task;
+//            G = 0x9e3779b97f4a7c15
+//   bits:    mix(key + (element + 1) * G) >> 40
+//   kept:    bits >= p * 2^24, that rounded to an integer, halves to even
 //
 // mix and G are those of SplitMix64 (Steele, Lea, Flood 2014). id is the node's; pass is the step,
 // or -1 for the queries; element counts through the task's [rows, channels, height, width]. A kept
-// element is multiplied by 1 / (1 - p), rounded to T.
+// element is multiplied by 1 / (1 - p), computed in T; of p = 1 nothing is kept. keep_mask in
+// fastmeta/ops/_engine_reference.py says the same in Python.
 #pragma once
 #include "engine/layers/lanes.h"
 
@@ -27,11 +29,8 @@ FASTMETA_INLINE Word mix(Word z) {
 }
 
 inline uint64_t key_of(uint64_t seed, int64_t id, int64_t pass, int64_t task) {
-  uint64_t key = 0;
-  for (const uint64_t v : {seed, static_cast<uint64_t>(id), static_cast<uint64_t>(pass),
-                           static_cast<uint64_t>(task)}) {
-    key = mix(key + v + kGolden);
-  }
+  uint64_t key = mix(seed + kGolden);
+  for (const int64_t v : {id, pass, task}) key = mix(key ^ (static_cast<uint64_t>(v) + kGolden));
   return key;
 }
 
@@ -44,27 +43,29 @@ int64_t scratch_bytes(const Node&, int64_t) {
   return 0;
 }
 
-// Words of 64 bits whatever T is, so that a vector of floats takes two vectors of them.
+// Words of 64 bits whatever T is: a vector of floats takes two vectors of them.
 typedef uint64_t Words __attribute__((vector_size(kVecBytes)));
 constexpr int kWords = kVecBytes / 8;
 
-// Joins masks of 64-bit lanes to one of T's lanes.
+// Small numbers in words to integers in T's lanes.
 template <class T>
-struct Kept;
+struct Narrow;
 template <>
-struct Kept<double> {
+struct Narrow<double> {
   static constexpr int kParts = 1;
-  [[gnu::always_inline]] static IntVec<double> mask(const IntVec<double>* parts) { return *parts; }
+  [[gnu::always_inline]] static IntVec<double> of(const Words* parts) {
+    return reinterpret_cast<IntVec<double>>(parts[0]);
+  }
 };
 template <>
-struct Kept<float> {
+struct Narrow<float> {
   static constexpr int kParts = 2;
   typedef int32_t Half __attribute__((vector_size(kVecBytes / 2)));
   template <int... I>
   [[gnu::always_inline]] static IntVec<float> join(Half low, Half high, Lanes<I...>) {
     return __builtin_shufflevector(low, high, I...);
   }
-  [[gnu::always_inline]] static IntVec<float> mask(const IntVec<double>* parts) {
+  [[gnu::always_inline]] static IntVec<float> of(const Words* parts) {
     return join(__builtin_convertvector(parts[0], Half), __builtin_convertvector(parts[1], Half),
                 typename MakeLanes<2 * kWords>::type{});
   }
@@ -76,24 +77,23 @@ FASTMETA_INLINE void over_factors(const LayerCall<T>& call, Body&& body) {
   const Node& node = *call.node;
   const uint64_t key = key_of(call.seed, node.id, call.pass, call.task);
   const int64_t pixels = node.out.pixels(), channels = node.out.channels, ld = node.out.ld;
-  const T kept = node.a < 1 ? static_cast<T>(1 / (1 - node.a)) : T(0);
-  // p * 2^53 is exact, and its ceiling the least u >> 11 that is kept.
-  const int64_t least = static_cast<int64_t>(__builtin_ceil(node.a * 0x1p53));
+  const T kept = node.a < 1 ? T(1) / static_cast<T>(1 - node.a) : T(0);
+  const IntVec<T> least = IntVec<T>{} + static_cast<int>(__builtin_rint(node.a * 0x1p24));
   // Channels are pixels apart in torch's order.
   const uint64_t step = static_cast<uint64_t>(pixels) * kGolden;
   Words lanes;
   for (int k = 0; k < kWords; ++k) lanes[k] = static_cast<uint64_t>(k) * step;
   for (int64_t i = 0; i < call.rows * pixels; ++i) {
     const int64_t first = (i / pixels) * channels * pixels + i % pixels;
-    Words position = lanes + (key + static_cast<uint64_t>(first) * kGolden);
+    Words position = lanes + (key + static_cast<uint64_t>(first + 1) * kGolden);
     for (int64_t c = 0; c < ld; c += kWidth<T>) {
-      IntVec<double> parts[Kept<T>::kParts];
+      Words parts[Narrow<T>::kParts];
       FASTMETA_UNROLL
-      for (int k = 0; k < Kept<T>::kParts; ++k) {
-        parts[k] = reinterpret_cast<IntVec<double>>(mix(position) >> 11) >= least;
+      for (int k = 0; k < Narrow<T>::kParts; ++k) {
+        parts[k] = mix(position) >> 40;
         position += kWords * step;
       }
-      body(i * ld + c, Kept<T>::mask(parts) ? splat<T>(kept) : Vec<T>{});
+      body(i * ld + c, Narrow<T>::of(parts) >= least ? splat<T>(kept) : Vec<T>{});
     }
   }
 }
