@@ -167,26 +167,25 @@ static void gemm_transposed_few(int64_t m, const T* a, int64_t lda, ConstMatrix<
   constexpr int kW = kWidth<T>;
   for (int64_t j = 0; j < w.rows; j += kW) {
     const int64_t n = min_of<int64_t>(kW, w.rows - j);
+    int64_t row[kW];  // past the last row the last once more, so that loops over rows unroll
+    FASTMETA_UNROLL
+    for (int r = 0; r < kW; ++r) row[r] = j + min_of<int64_t>(r, n - 1);
     for (int64_t i = 0; i < m; ++i) {
       Vec<T> sum[kW] = {};
       for (int64_t p = 0; p < w.panels(); ++p) {
         const int64_t stride = w.stride(p), width = w.width(p);
-        const T* wp = w.panel(p) + j * stride;
+        const T* wp = w.panel(p);
         const T* ap = a + i * lda + p * kPanel<T>;
-        if (n == kW) {
-          for (int64_t o = 0; o < width; o += kW) {
-            const Vec<T> x = load(ap + o);
-            FASTMETA_UNROLL
-            for (int r = 0; r < kW; ++r) sum[r] += x * load(wp + r * stride + o);
-          }
-        } else {
-          for (int64_t o = 0; o < width; o += kW) {
-            const Vec<T> x = load(ap + o);
-            for (int r = 0; r < n; ++r) sum[r] += x * load(wp + r * stride + o);
-          }
+        for (int64_t o = 0; o < width; o += kW) {
+          const Vec<T> x = load(ap + o);
+          FASTMETA_UNROLL
+          for (int r = 0; r < kW; ++r) sum[r] += x * load(wp + row[r] * stride + o);
         }
       }
-      const Vec<T> value = alpha * sum_lanes_of_each<T>(sum);
+      Vec<T> value = alpha * sum_lanes_of_each<T>(sum);
+      if (n < kW) {
+        for (int64_t r = n; r < kW; ++r) value[r] = 0;
+      }
       T* out = c + i * ldc + j;
       store(out, add ? load(out) + value : value);
     }

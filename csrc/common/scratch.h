@@ -11,7 +11,7 @@ namespace fastmeta::FASTMETA_ISA {
 
 class Scratch {
  public:
-  Scratch() = default;
+  explicit Scratch(int64_t keep = int64_t{4} << 20) : keep_(keep) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
@@ -19,7 +19,7 @@ class Scratch {
   // Forgets what was handed out and makes room for `bytes` (the sum of size_of() of what follows).
   void reset(int64_t bytes) {
     used_ = 0;
-    if (bytes > capacity_ || (capacity_ > kKeep && bytes <= kKeep)) {
+    if (bytes > capacity_ || (capacity_ > keep_ && bytes <= keep_)) {
       std::free(data_);
       data_ = nullptr;
       capacity_ = 0;
@@ -42,7 +42,7 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlign = 64;
-  static constexpr int64_t kKeep = int64_t{4} << 20;
+  const int64_t keep_;  // bytes
   char* data_ = nullptr;
   int64_t capacity_ = 0, used_ = 0;
 };

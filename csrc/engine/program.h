@@ -55,6 +55,7 @@ struct ParamRef {
 
 struct Shape {
   int64_t channels = 0, height = 1, width = 1;
+  bool flat = true;  // [features], not [channels, height, width]
   int64_t ld = 0;  // channels as stored: a multiple of the vector width, or channels (input alone)
   int64_t pixels() const { return height * width; }
   int64_t row() const { return pixels() * ld; }  // numbers a row takes in memory
@@ -68,13 +69,12 @@ struct Node {
   // conv2d and pools: kernel, stride, padding, dilation (height, width)
   int64_t k[2] = {1, 1}, s[2] = {1, 1}, p[2] = {0, 0}, d[2] = {1, 1};
   int64_t groups = 1;
+  bool ceil = false;            // pools
   bool include_pad = true;      // avg_pool
   bool tanh_gelu = false;       // gelu(approximate="tanh")
   double eps = 1e-5;            // norms
   double a = 0, threshold = 0;  // slope, alpha, beta, p of dropout
   int64_t id = 0;               // dropout
-  // Filled by the plan:
-  bool is_static = false;  // depends on no adapted parameter
 };
 
 struct Loss {
@@ -82,6 +82,12 @@ struct Loss {
   double smoothing = 0, delta = 1;
   int64_t ignore = -100;
   ParamRef weight;
+};
+
+struct Program {
+  std::vector<Node> nodes;
+  std::vector<Shape> shapes;  // of every value: the input, then each node's
+  Loss loss;
 };
 
 }  // namespace fastmeta::engine

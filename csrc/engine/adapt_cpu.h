@@ -1,0 +1,278 @@
+// The loops over tasks, steps and back: instantiated for float and double by adapt_*_cpu.cpp.
+#pragma once
+#include "engine/task.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+// A thread's memory, kept from call to call.
+inline thread_local Scratch task_memory{int64_t{512} << 20};
+inline thread_local Scratch call_memory{int64_t{64} << 20};
+
+enum class Mode { kAdapt, kBackward, kMetaStep };
+
+// Tasks [begin, end) of a group add to gradients of the group's own, in order.
+inline int64_t num_groups(int64_t tasks, int64_t bytes) {
+  return min_of<int64_t>(tasks, bytes > (int64_t{1} << 20) ? 8 : 32);
+}
+
+template <class T>
+class Run {
+ public:
+  Run(const Adapt& args, const AdaptGradients* gradients, Mode mode)
+      : args_(args), gradients_(gradients), mode_(mode), plan_(args) {
+    if (gradients != nullptr) {
+      const AdaptGradients& g = *gradients;
+      wants_.shared = g.shared != nullptr && args.num_shared > 0;
+      wants_.rates = g.rates != nullptr;
+      wants_.support_x = g.support_x != nullptr;
+      wants_.query_x = g.query_x != nullptr;
+      wants_.backward =
+          g.fast != nullptr || wants_.shared || wants_.rates || wants_.support_x || wants_.query_x;
+      const bool through_steps =
+          g.fast != nullptr || wants_.shared || wants_.rates || wants_.support_x;
+      wants_.second_order = through_steps && !g.first_order && args.steps > 0;
+    }
+  }
+
+  const Plan<T>& plan() const { return plan_; }
+
+  void operator()(ParallelFor par) {
+    check();
+    if (args_.tasks == 0) {
+      clear_gradients();
+      return;
+    }
+    // Thetas in a thread's memory: all of a task's, or where they are kept between calls, two.
+    const int64_t kept = mode_ == Mode::kMetaStep ? args_.steps : 2;
+    const Buffers<T> buffers(plan_, args_, wants_, kept);
+    rate_width_ = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ? args_.rate_cols
+                                                                            : plan_.fast.size;
+    rate_size_ = wants_.rates ? args_.rate_rows * rate_width_ : 0;
+    group_size_ = wants_.backward ? plan_.fast.size + plan_.shared.size + rate_size_ : 0;
+    groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
+    call_memory.reset(Scratch::size_of<T>(plan_.fast.size) +
+                      Scratch::size_of<T>(plan_.shared.size) +
+                      Scratch::size_of<T>(args_.rate_rows * rate_width_) +
+                      Scratch::size_of<T>(groups_ * group_size_));
+    T* theta = call_memory.take<T>(plan_.fast.size);
+    T* shared = call_memory.take<T>(plan_.shared.size);
+    T* rates = call_memory.take<T>(args_.rate_rows * rate_width_);
+    group_gradients_ = call_memory.take<T>(groups_ * group_size_);
+    import_list(plan_.fast, args_.fast, theta);
+    import_list(plan_.shared, args_.shared, shared);
+    import_rates(rates);
+    const Common<T> common{args_, plan_, wants_, buffers, theta, shared, rates};
+    common_ = &common;
+    par(
+        groups_, 1,
+        [](void* context, int64_t begin, int64_t end) {
+          Run& run = *static_cast<Run*>(context);
+          task_memory.reset(Scratch::size_of<T>(run.common_->buffers.total));
+          Task<T> task(*run.common_, task_memory.take<T>(run.common_->buffers.total));
+          for (int64_t g = begin; g < end; ++g) run.group(task, g);
+        },
+        this);
+    sum_groups();
+  }
+
+ private:
+  void check() const {
+    for (const Param& p : plan_.fast.params) {
+      if (p.layout == Layout::kNone) {
+        throw std::invalid_argument("fastmeta: an adapted parameter that the program does not use");
+      }
+    }
+    const bool rates_fit = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ||
+                           args_.rate_cols == plan_.fast.numel;
+    if (!rates_fit || (args_.rate_rows != 1 && args_.rate_rows != args_.steps)) {
+      throw std::invalid_argument("fastmeta: rates of an unexpected shape");
+    }
+  }
+
+  void group(Task<T>& task, int64_t g) {
+    T* sums = group_gradients_ + g * group_size_;
+    Task<T>::zero(sums, group_size_);
+    const int64_t begin = g * args_.tasks / groups_, end = (g + 1) * args_.tasks / groups_;
+    for (int64_t t = begin; t < end; ++t) one(task, t, sums);
+  }
+
+  // theta_k of the task at hand, for the backward pass.
+  const T* theta_at(Task<T>& task, int64_t t, int64_t k) const {
+    if (k == 0) return common_->theta;
+    if (mode_ == Mode::kMetaStep) return task.trajectory() + (k - 1) * plan_.fast.size;
+    unpack(plan_.fast, kept(t, k), task.trajectory());
+    return task.trajectory();
+  }
+
+  // Where theta_k, k from 1, is kept between calls.
+  T* kept(int64_t t, int64_t k) const {
+    return static_cast<T*>(args_.trajectory) + (t * args_.steps + k - 1) * plan_.fast.numel;
+  }
+
+  // All steps; returns theta_K.
+  const T* descend(Task<T>& task, int64_t t) {
+    const T* theta = common_->theta;
+    for (int64_t k = 0; k < args_.steps; ++k) {
+      task.support_gradient(k, theta);
+      T* next = task.trajectory() + (mode_ == Mode::kMetaStep ? k : k % 2) * plan_.fast.size;
+      task.update(k, theta, next);
+      theta = next;
+      if (args_.trajectory != nullptr) pack(plan_.fast, theta, kept(t, k + 1));
+    }
+    return theta;
+  }
+
+  void one(Task<T>& task, int64_t t, T* sums) {
+    task.begin(t);
+    const T* last = mode_ == Mode::kBackward ? theta_at(task, t, args_.steps) : descend(task, t);
+    if (mode_ == Mode::kAdapt && args_.adapted != nullptr) export_adapted(last, t);
+    const bool from_prediction =
+        mode_ == Mode::kMetaStep || (mode_ == Mode::kBackward && gradients_->prediction != nullptr);
+    if (args_.queries > 0 && (mode_ == Mode::kAdapt || from_prediction)) task.query_forward(last);
+    if (args_.prediction != nullptr && args_.queries > 0) {
+      task.export_prediction(static_cast<T*>(args_.prediction));
+    }
+    if (mode_ == Mode::kMetaStep) {
+      const T scale = T(1) / static_cast<T>(args_.tasks);
+      static_cast<T*>(args_.loss)[t] = args_.queries > 0 ? task.query_loss(scale) : T(0);
+    }
+    if (wants_.backward) back(task, t, last, from_prediction && args_.queries > 0, sums);
+  }
+
+  void back(Task<T>& task, int64_t t, const T* last, bool from_prediction, T* sums) {
+    const int64_t size = plan_.fast.size;
+    T* shared = wants_.shared ? sums + size : nullptr;
+    T* rates = wants_.rates ? sums + size + plan_.shared.size : nullptr;
+    T* lambda = task.cotangent();
+    Task<T>::zero(lambda, size);
+    if (mode_ == Mode::kBackward && gradients_->adapted != nullptr) import_adapted(lambda, t);
+    if (from_prediction) {
+      if (mode_ == Mode::kBackward) {
+        task.import_prediction_gradient(static_cast<const T*>(gradients_->prediction));
+      }
+      task.query_backward(last, shared);
+    }
+    for (int64_t k = args_.steps - 1; k >= 0; --k) {
+      if (wants_.second_order) {
+        task.step_back(k, theta_at(task, t, k), shared, rates);
+      } else if (rates != nullptr) {
+        task.support_gradient(k, theta_at(task, t, k));
+        task.add_rate_gradient(k, rates);
+      }
+    }
+    task.finish(shared);
+    task.export_input_gradients(static_cast<T*>(gradients_->support_x),
+                                static_cast<T*>(gradients_->query_x), from_prediction);
+    for (int64_t i = 0; i < size; ++i) sums[i] += lambda[i];
+  }
+
+  void import_list(const ParamList& list, const void* const* from, T* to) const {
+    for (size_t i = 0; i < list.params.size(); ++i) {
+      const Param& p = list.params[i];
+      if (p.layout != Layout::kNone) {
+        import_param(p, static_cast<const T*>(from[i]), to + p.offset);
+      }
+    }
+    pad(list, to);
+  }
+
+  // Zeros between parameters, which sums over whole vectors read.
+  static void pad(const ParamList& list, T* to) {
+    for (size_t i = 0; i < list.params.size(); ++i) {
+      const int64_t end = i + 1 < list.params.size() ? list.params[i + 1].offset : list.size;
+      for (int64_t j = list.params[i].offset + list.params[i].size; j < end; ++j) to[j] = 0;
+    }
+  }
+
+  void import_rates(T* to) const {
+    const T* from = static_cast<const T*>(args_.rates);
+    for (int64_t r = 0; r < args_.rate_rows; ++r) {
+      if (rate_width_ == args_.rate_cols) {
+        std::copy(from, from + rate_width_, to);
+      } else {
+        for (const Param& p : plan_.fast.params)
+          import_param(p, from + p.torch_offset, to + p.offset);
+        pad(plan_.fast, to);
+      }
+      from += args_.rate_cols;
+      to += rate_width_;
+    }
+  }
+
+  void export_adapted(const T* theta, int64_t task) const {
+    for (size_t i = 0; i < plan_.fast.params.size(); ++i) {
+      const Param& p = plan_.fast.params[i];
+      export_param(p, theta + p.offset, static_cast<T*>(args_.adapted[i]) + task * p.numel);
+    }
+  }
+
+  void import_adapted(T* lambda, int64_t task) const {
+    for (size_t i = 0; i < plan_.fast.params.size(); ++i) {
+      const Param& p = plan_.fast.params[i];
+      if (gradients_->adapted[i] == nullptr) continue;
+      import_param(p, static_cast<const T*>(gradients_->adapted[i]) + task * p.numel,
+                   lambda + p.offset);
+    }
+  }
+
+  void clear_gradients() const {
+    if (gradients_ == nullptr) return;
+    const auto clear = [](const ParamList& list, void* const* out) {
+      for (size_t i = 0; out != nullptr && i < list.params.size(); ++i) {
+        Task<T>::zero(static_cast<T*>(out[i]), list.params[i].numel);
+      }
+    };
+    clear(plan_.fast, gradients_->fast);
+    clear(plan_.shared, gradients_->shared);
+    if (gradients_->rates != nullptr) {
+      Task<T>::zero(static_cast<T*>(gradients_->rates), args_.rate_rows * args_.rate_cols);
+    }
+  }
+
+  void sum_groups() const {
+    if (!wants_.backward) return;
+    T* sums = group_gradients_;
+    for (int64_t g = 1; g < groups_; ++g) {
+      const T* more = group_gradients_ + g * group_size_;
+      for (int64_t i = 0; i < group_size_; ++i) sums[i] += more[i];
+    }
+    const auto write = [](const ParamList& list, const T* from, void* const* out) {
+      for (size_t i = 0; out != nullptr && i < list.params.size(); ++i) {
+        const Param& p = list.params[i];
+        if (p.layout != Layout::kNone) export_param(p, from + p.offset, static_cast<T*>(out[i]));
+      }
+    };
+    write(plan_.fast, sums, gradients_->fast);
+    write(plan_.shared, sums + plan_.fast.size, gradients_->shared);
+    if (!wants_.rates) return;
+    const T* from = sums + plan_.fast.size + plan_.shared.size;
+    T* to = static_cast<T*>(gradients_->rates);
+    for (int64_t r = 0; r < args_.rate_rows; ++r) {
+      if (rate_width_ == args_.rate_cols) {
+        std::copy(from, from + rate_width_, to);
+      } else {
+        for (const Param& p : plan_.fast.params)
+          export_param(p, from + p.offset, to + p.torch_offset);
+      }
+      from += rate_width_;
+      to += args_.rate_cols;
+    }
+  }
+
+  const Adapt& args_;
+  const AdaptGradients* gradients_;
+  Mode mode_;
+  Plan<T> plan_;
+  Wants wants_;
+  int64_t rate_width_ = 0, rate_size_ = 0, group_size_ = 0, groups_ = 0;
+  T* group_gradients_ = nullptr;
+  const Common<T>* common_ = nullptr;
+};
+
+template <class T>
+void run(const Adapt& args, const AdaptGradients* gradients, Mode mode, ParallelFor par) {
+  Run<T> run(args, gradients, mode);
+  run(par);
+}
+
+}  // namespace fastmeta::engine::FASTMETA_ISA

@@ -1,0 +1,280 @@
+// How a program lies in memory for one scalar type and vector width: strides of values, layouts and
+// places of parameters, what depends on what.
+#pragma once
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "common/gemm.h"
+#include "engine/adapt.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+using namespace fastmeta::FASTMETA_ISA;
+
+enum class Layout {
+  kNone,    // not used by the program: goes through as it is
+  kMatrix,  // [groups] of Matrix [taps * channels of a group][padded outputs of a group], in panels
+  kVector,  // [channels], padded
+  kImage,   // [pixels][padded channels]
+};
+
+// A parameter in torch's layout and in the engine's.
+struct Param {
+  Layout layout = Layout::kNone;
+  int64_t outputs = 0, inputs = 0, taps = 1, groups = 1;  // kMatrix: of a group
+  int64_t channels = 0, pixels = 1;                       // kVector, kImage
+  int64_t offset = 0, size = 0;                           // in the engine's buffer
+  int64_t torch_offset = 0, numel = 0;  // among the parameters of its list, flattened
+  int uses = 0;
+};
+
+// One of the two lists of parameters.
+struct ParamList {
+  std::vector<Param> params;
+  int64_t size = 0, numel = 0;
+};
+
+template <class T>
+class Plan {
+ public:
+  explicit Plan(const Adapt& args) : program(*args.program), nodes(program.nodes) {
+    shapes = program.shapes;
+    bool vectors_only = true;  // is the input read by products alone, which take any stride?
+    for (const Node& n : nodes) {
+      const bool product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
+      if ((n.input == 0 || n.input2 == 0) && !product) vectors_only = false;
+    }
+    for (size_t v = 0; v < shapes.size(); ++v) {
+      shapes[v].ld = v == 0 && vectors_only ? shapes[v].channels : padded<T>(shapes[v].channels);
+    }
+    fast.params.resize(args.num_fast);
+    shared.params.resize(args.num_shared);
+    is_static.assign(shapes.size(), true);
+    for (size_t i = 0; i < nodes.size(); ++i) {
+      Node& n = nodes[i];
+      n.in = shapes[n.input];
+      n.out = shapes[i + 1];
+      place(n);
+      is_static[i + 1] = is_static[n.input] && (n.input2 < 0 || is_static[n.input2]) &&
+                         !n.w.adapted && !n.b.adapted && n.kind != Kind::kDropout;
+    }
+    if (program.loss.weight) use(program.loss.weight, vector(shapes.back().channels));
+    lay_out(fast);
+    lay_out(shared);
+    live.assign(shapes.size(), false);
+    live.back() = true;
+    last_use.assign(shapes.size(), 0);
+    for (int v = static_cast<int>(nodes.size()); v > 0; --v) {
+      if (!live[v]) continue;
+      const Node& n = nodes[v - 1];
+      for (int u : {n.input, n.input2}) {
+        if (u < 0) continue;
+        live[u] = true;
+        last_use[u] = std::max(last_use[u], v);
+      }
+    }
+  }
+
+  Param& param(const ParamRef& ref) { return list(ref).params[ref.index]; }
+  const Param& param(const ParamRef& ref) const {
+    return (ref.adapted ? fast : shared).params[ref.index];
+  }
+  const Shape& out() const { return shapes.back(); }
+
+  const Program& program;
+  std::vector<Node> nodes;
+  std::vector<Shape> shapes;    // with ld
+  std::vector<bool> is_static;  // value is the same in all steps of a task
+  std::vector<bool> live;       // the prediction depends on the value
+  std::vector<int> last_use;    // number of the last live node that reads the value, 0 if none
+  ParamList fast, shared;
+
+ private:
+  ParamList& list(const ParamRef& ref) { return ref.adapted ? fast : shared; }
+
+  static Param vector(int64_t channels) {
+    Param p;
+    p.layout = Layout::kVector;
+    p.channels = channels;
+    return p;
+  }
+
+  void use(const ParamRef& ref, const Param& as) {
+    if (!ref) return;
+    ParamList& of = list(ref);
+    if (ref.index >= static_cast<int>(of.params.size())) {
+      throw std::invalid_argument("fastmeta: the program names a parameter that was not given");
+    }
+    Param& p = of.params[ref.index];
+    const int uses = p.uses + 1;
+    if (p.layout != Layout::kNone &&
+        (p.layout != as.layout || p.outputs != as.outputs || p.inputs != as.inputs ||
+         p.taps != as.taps || p.groups != as.groups || p.channels != as.channels ||
+         p.pixels != as.pixels)) {
+      throw std::invalid_argument("fastmeta: the program uses a parameter in two shapes");
+    }
+    p = as;
+    p.uses = uses;
+  }
+
+  void place(const Node& n) {
+    if (n.kind == Kind::kLinear || n.kind == Kind::kConv2d) {
+      Param w;
+      w.layout = Layout::kMatrix;
+      w.groups = n.groups;
+      w.outputs = n.out.channels / n.groups;
+      w.inputs = n.in.channels / n.groups;
+      w.taps = n.k[0] * n.k[1];
+      use(n.w, w);
+      use(n.b, vector(n.out.channels));
+      return;
+    }
+    Param p = vector(n.in.channels);
+    if (n.kind == Kind::kLayerNorm && n.in.pixels() > 1) {
+      p.layout = Layout::kImage;
+      p.pixels = n.in.pixels();
+    }
+    for (const ParamRef* ref : {&n.w, &n.b, &n.mean, &n.var}) use(*ref, p);
+  }
+
+  static void lay_out(ParamList& list) {
+    for (Param& p : list.params) {
+      switch (p.layout) {
+        case Layout::kMatrix:
+          p.numel = p.groups * p.outputs * p.inputs * p.taps;
+          p.size = p.groups * p.taps * p.inputs * padded<T>(p.outputs);
+          break;
+        case Layout::kVector:
+        case Layout::kImage:
+          p.numel = p.channels * p.pixels;
+          p.size = p.pixels * padded<T>(p.channels);
+          break;
+        case Layout::kNone:
+          break;
+      }
+      p.offset = list.size;
+      p.torch_offset = list.numel;
+      list.size += ceil_div(p.size, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
+      list.numel += p.numel;
+    }
+  }
+};
+
+// ---- torch's layouts to the engine's and back
+template <class T>
+Matrix<T> group_matrix(const Param& p, T* data, int64_t group) {
+  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  return {data + group * rows * cols, rows, cols, 0};
+}
+
+// Calls f(engine index, torch index) for each number of a parameter.
+template <class T, class F>
+void for_each_number(const Param& p, F f) {
+  if (p.layout != Layout::kMatrix) {
+    const int64_t ld = padded<T>(p.channels);
+    for (int64_t i = 0; i < p.pixels; ++i) {
+      for (int64_t c = 0; c < p.channels; ++c) f(i * ld + c, c * p.pixels + i);
+    }
+    return;
+  }
+  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t o = 0; o < p.outputs; ++o) {
+      const int64_t first = o / kPanel<T> * kPanel<T>;  // column of the panel
+      const int64_t stride = min_of<int64_t>(kPanel<T>, cols - first);
+      const int64_t column = g * rows * cols + first * rows + (o - first);
+      const int64_t from = (g * p.outputs + o) * p.inputs * p.taps;
+      for (int64_t t = 0; t < p.taps; ++t) {
+        for (int64_t i = 0; i < p.inputs; ++i) {
+          f(column + (t * p.inputs + i) * stride, from + i * p.taps + t);
+        }
+      }
+    }
+  }
+}
+
+// Calls f(engine index, compact index, count) for the runs of a parameter's numbers that are not
+// padding, in the engine's order.
+template <class T, class F>
+void for_each_run(const Param& p, F f) {
+  int64_t compact = 0;
+  const auto run = [&](int64_t engine, int64_t count) {
+    f(engine, compact, count);
+    compact += count;
+  };
+  if (p.layout != Layout::kMatrix) {
+    for (int64_t i = 0; i < p.pixels; ++i) run(i * padded<T>(p.channels), p.channels);
+    return;
+  }
+  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t first = 0; first < cols; first += kPanel<T>) {
+      const int64_t width = min_of<int64_t>(kPanel<T>, cols - first);
+      const int64_t count = min_of<int64_t>(width, p.outputs - first);
+      const int64_t at = g * rows * cols + first * rows;
+      if (count == width) {
+        run(at, rows * width);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) run(at + r * width, count);
+      }
+    }
+  }
+}
+
+// A list of parameters without its padding, as it is kept between forward and backward: as many
+// numbers as torch's tensors have.
+template <class T>
+void pack(const ParamList& list, const T* engine, T* compact) {
+  for (const Param& p : list.params) {
+    for_each_run<T>(p, [&](int64_t e, int64_t c, int64_t count) {
+      std::copy_n(engine + p.offset + e, count, compact + p.torch_offset + c);
+    });
+  }
+}
+template <class T>
+void unpack(const ParamList& list, const T* compact, T* engine) {
+  std::fill_n(engine, list.size, T(0));
+  for (const Param& p : list.params) {
+    for_each_run<T>(p, [&](int64_t e, int64_t c, int64_t count) {
+      std::copy_n(compact + p.torch_offset + c, count, engine + p.offset + e);
+    });
+  }
+}
+
+template <class T>
+void import_param(const Param& p, const T* torch, T* engine) {
+  for (int64_t i = 0; i < p.size; ++i) engine[i] = 0;
+  for_each_number<T>(p, [=](int64_t e, int64_t t) { engine[e] = torch[t]; });
+}
+template <class T>
+void export_param(const Param& p, const T* engine, T* torch) {
+  for_each_number<T>(p, [=](int64_t e, int64_t t) { torch[t] = engine[e]; });
+}
+
+// Rows of a value, [rows, channels, pixels] in torch's layout.
+template <class T>
+void import_rows(const Shape& s, int64_t rows, const T* torch, T* engine) {
+  const int64_t pixels = s.pixels();
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t i = 0; i < pixels; ++i) {
+      T* to = engine + (n * pixels + i) * s.ld;
+      const T* from = torch + n * s.channels * pixels + i;
+      for (int64_t c = 0; c < s.channels; ++c) to[c] = from[c * pixels];
+      for (int64_t c = s.channels; c < s.ld; ++c) to[c] = 0;
+    }
+  }
+}
+template <class T>
+void export_rows(const Shape& s, int64_t rows, const T* engine, T* torch) {
+  const int64_t pixels = s.pixels();
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t i = 0; i < pixels; ++i) {
+      const T* from = engine + (n * pixels + i) * s.ld;
+      T* to = torch + n * s.channels * pixels + i;
+      for (int64_t c = 0; c < s.channels; ++c) to[c * pixels] = from[c];
+    }
+  }
+}
+
+}  // namespace fastmeta::engine::FASTMETA_ISA

@@ -1,0 +1,483 @@
+// One task through a program: passes over its supports and queries, in one thread's memory.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "common/scratch.h"
+#include "engine/layers/layers.h"
+#include "engine/layers/losses.h"
+#include "engine/layers/product.h"
+#include "engine/plan.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+// What a call wants; the same for all of its tasks.
+struct Wants {
+  bool backward = false;      // anything at all
+  bool second_order = false;  // sweep back over the steps with Hessian-vector products
+  bool shared = false, rates = false, support_x = false, query_x = false;
+};
+
+// Where everything of a task lies in a thread's memory, in numbers from its beginning.
+template <class T>
+class Buffers {
+ public:
+  struct Pass {
+    std::vector<int64_t> y, dy, gy, dgy;  // of each value; -1: none
+    std::vector<int64_t> saved;           // of each node
+  };
+
+  Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, int64_t kept) {
+    const int values = static_cast<int>(plan.shapes.size());
+    const int64_t parameters = plan.fast.size;
+    // Whether a value that depends on no adapted parameter has a cotangent that somebody wants.
+    const auto upstream = [&](bool input) {
+      std::vector<bool> wanted(values, false);
+      wanted[0] = input;
+      for (int v = 1; v < values; ++v) {
+        const Node& n = plan.nodes[v - 1];
+        const auto learns = [&](const ParamRef& p) { return p && !p.adapted && wants.shared; };
+        wanted[v] =
+            wanted[n.input] || (n.input2 >= 0 && wanted[n.input2]) || learns(n.w) || learns(n.b);
+      }
+      return wanted;
+    };
+    support_wanted = upstream(wants.support_x);
+    query_wanted = upstream(wants.query_x);
+    int64_t scratch = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool query = pass == 1;
+      const int64_t rows = query ? args.queries : args.supports;
+      Pass& p = query ? this->query : support;
+      for (auto* list : {&p.y, &p.dy, &p.gy, &p.dgy}) list->assign(values, -1);
+      p.saved.assign(values, -1);
+      for (int v = 0; v < values; ++v) {
+        if (!plan.live[v]) continue;
+        const int64_t size = rows * plan.shapes[v].row();
+        const bool dynamic = !plan.is_static[v];
+        p.y[v] = take(size);
+        if (query) {
+          if (wants.backward && (dynamic || query_wanted[v])) p.gy[v] = take(size);
+        } else if (dynamic) {
+          p.gy[v] = take(size);
+          if (wants.second_order) {
+            p.dy[v] = take(size);
+            p.dgy[v] = take(size);
+          }
+        } else if (wants.second_order && support_wanted[v]) {
+          p.gy[v] = take(size);  // its cotangent, gathered over the steps
+        }
+        if (v == 0) continue;
+        const Node& n = plan.nodes[v - 1];
+        const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
+        if (!is_product) p.saved[v] = take(numbers(layers::saved_bytes<T>(n, rows)));
+        scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
+                                                       : layers::scratch_bytes<T>(n, rows)));
+      }
+    }
+    this->scratch = take(scratch);
+    trajectory = take(kept * parameters);
+    gradient = take(parameters);
+    if (wants.backward) cotangent = take(parameters);
+    if (wants.second_order) {
+      direction = take(parameters);
+      product = take(parameters);
+      shared_product = take(plan.shared.size);
+    }
+  }
+
+  Pass support, query;
+  std::vector<bool> support_wanted, query_wanted;
+  int64_t scratch = -1, trajectory = -1;
+  // In the engine's layout of the adapted parameters: gradient of the support loss, dL_Q / dtheta,
+  // rate * cotangent, its product with the Hessian (and the mixed one with the shared parameters).
+  int64_t gradient = -1, cotangent = -1, direction = -1, product = -1, shared_product = -1;
+  int64_t total = 0;
+
+ private:
+  static constexpr int64_t kAlign = 64 / sizeof(T);
+  static int64_t numbers(int64_t bytes) { return ceil_div(bytes, int64_t{sizeof(T)}); }
+  int64_t take(int64_t size) {
+    const int64_t place = total;
+    total += ceil_div(size, kAlign) * kAlign;
+    return place;
+  }
+};
+
+// What all tasks of a call share, in the engine's layout.
+template <class T>
+struct Common {
+  const Adapt& args;
+  const Plan<T>& plan;
+  const Wants& wants;
+  const Buffers<T>& buffers;
+  const T* theta;   // theta_0
+  const T* shared;  // shared parameters
+  const T* rates;   // [rate_rows, 1 or num_fast or fast.size]
+};
+
+template <class T>
+class Task {
+ public:
+  Task(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {}
+
+  // Reads the task's inputs and runs what no step changes.
+  void begin(int64_t task) {
+    task_ = task;
+    const Shape& in = c_.plan.shapes[0];
+    const int64_t row = in.channels * in.pixels();
+    const Adapt& a = c_.args;
+    if (c_.plan.live[0]) {
+      import_rows(in, a.supports, static_cast<const T*>(a.support_x) + task * a.supports * row,
+                  at(b_.support.y[0]));
+      if (a.queries > 0) {
+        import_rows(in, a.queries, static_cast<const T*>(a.query_x) + task * a.queries * row,
+                    at(b_.query.y[0]));
+      }
+    }
+    pass_ = 0;
+    for (int v = 1; v < values(); ++v) {
+      if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(call(v, false, c_.theta));
+    }
+    if (c_.wants.second_order) {
+      for (int v = 0; v < values(); ++v) {
+        if (c_.plan.is_static[v] && b_.support.gy[v] >= 0) clear(b_.support.gy[v], v);
+      }
+    }
+  }
+
+  // Leaves the gradient of the support loss at theta in gradient().
+  void support_gradient(int64_t step, const T* theta) {
+    support_forward(step, theta);
+    support_loss(false);
+    zero(gradient(), c_.plan.fast.size);
+    for (int v = values() - 1; v > 0; --v) {
+      if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
+      LayerCall<T> x = call(v, false, theta);
+      set_inputs(x, v, b_.support, false);
+      set_parameters(x, v, gradient(), nullptr, false);
+      run_backward(x);
+    }
+  }
+
+  // next = theta - rate * gradient()
+  void update(int64_t step, const T* theta, T* next) const {
+    const T* g = gradient();
+    each_rate(step, [&](int64_t, int64_t begin, int64_t end, const T* rates, T rate) {
+      if (rates == nullptr) {
+        for (int64_t i = begin; i < end; ++i) next[i] = theta[i] - rate * g[i];
+      } else {
+        for (int64_t i = begin; i < end; ++i) next[i] = theta[i] - rates[i] * g[i];
+      }
+    });
+  }
+
+  void query_forward(const T* theta) {
+    pass_ = -1;
+    for (int v = 1; v < values(); ++v) {
+      if (c_.plan.live[v]) run_forward(call(v, true, theta));
+    }
+  }
+
+  void export_prediction(T* out) const {
+    const Shape& s = c_.plan.out();
+    const int64_t row = s.channels * s.pixels();
+    export_rows(s, c_.args.queries, at(b_.query.y.back()), out + task_ * c_.args.queries * row);
+  }
+
+  void import_prediction_gradient(const T* from) {
+    const Shape& s = c_.plan.out();
+    const int64_t row = s.channels * s.pixels();
+    import_rows(s, c_.args.queries, from + task_ * c_.args.queries * row, at(b_.query.gy.back()));
+  }
+
+  // The query loss; its gradient, times scale, goes to the prediction's cotangent if that is there.
+  T query_loss(T scale) {
+    LossCall<T> x = loss_call(b_.query, c_.args.queries, c_.args.query_y);
+    if (x.g == nullptr) return static_cast<T>(loss_value(x));
+    const double loss = loss_gradient(x);
+    for (int64_t i = 0; i < c_.args.queries * c_.plan.out().row(); ++i) x.g[i] *= scale;
+    return static_cast<T>(loss);
+  }
+
+  // From the prediction's cotangent: adds to cotangent() and, where given, to the shared
+  // parameters' gradients.
+  void query_backward(const T* theta, T* shared_gradient) {
+    for (int v = values() - 1; v > 0; --v) {
+      if (b_.query.gy[v] < 0) continue;
+      LayerCall<T> x = call(v, true, theta);
+      set_inputs(x, v, b_.query, false);
+      set_parameters(x, v, cotangent(), shared_gradient, false);
+      run_backward(x);
+    }
+  }
+
+  // One step of the sweep: cotangent() of theta_{k+1} becomes that of theta_k. Adds to the shared
+  // parameters' gradients and to the rates' (one number each, or one for each parameter's number).
+  void step_back(int64_t step, const T* theta, T* shared_gradient, T* rate_gradient) {
+    T* v_direction = at(b_.direction);
+    T* lambda = cotangent();
+    each_rate(step, [&](int64_t, int64_t begin, int64_t end, const T* rates, T rate) {
+      for (int64_t i = begin; i < end; ++i) {
+        v_direction[i] = (rates == nullptr ? rate : rates[i]) * lambda[i];
+      }
+    });
+    pass_ = step;
+    for (int v = 1; v < values(); ++v) {
+      if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
+      LayerCall<T> x = call(v, false, theta);
+      set_tangents(&x, v);
+      run_dual_forward(x);
+    }
+    support_loss(true);
+    T* hv = at(b_.product);
+    T* mixed = at(b_.shared_product);
+    zero(hv, c_.plan.fast.size);
+    zero(mixed, c_.plan.shared.size);
+    if (rate_gradient != nullptr) zero(gradient(), c_.plan.fast.size);
+    for (int v = values() - 1; v > 0; --v) {
+      if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
+      LayerCall<T> x = call(v, false, theta);
+      set_tangents(&x, v);
+      set_inputs(x, v, b_.support, true);
+      set_parameters(x, v, rate_gradient != nullptr ? gradient() : nullptr, nullptr, false);
+      set_parameters(x, v, hv, mixed, true);
+      run_dual_backward(x);
+    }
+    if (rate_gradient != nullptr) add_rate_gradient(step, rate_gradient);
+    for (int64_t i = 0; i < c_.plan.fast.size; ++i) lambda[i] -= hv[i];
+    if (shared_gradient != nullptr) {
+      for (int64_t i = 0; i < c_.plan.shared.size; ++i) shared_gradient[i] -= mixed[i];
+    }
+  }
+
+  // -gradient . cotangent of this step, at the rates' granularity.
+  void add_rate_gradient(int64_t step, T* out) const {
+    const T* g = gradient();
+    const T* lambda = at(b_.cotangent);
+    const int64_t width = rate_width();
+    T* row = out + rate_row(step) * width;
+    each_rate(step, [&](int64_t index, int64_t begin, int64_t end, const T* rates, T) {
+      if (rates != nullptr) {
+        for (int64_t i = begin; i < end; ++i) row[i] -= g[i] * lambda[i];
+        return;
+      }
+      Vec<T> sum[2] = {};  // parameters are padded to whole cache lines
+      constexpr int kW = kWidth<T>;
+      for (int64_t i = begin; i < end; i += 2 * kW) {
+        sum[0] += load(g + i) * load(lambda + i);
+        if (i + kW < end) sum[1] += load(g + i + kW) * load(lambda + i + kW);
+      }
+      row[width == 1 ? 0 : index] -= hsum<T>(sum[0] + sum[1]);
+    });
+  }
+
+  // After the sweep: from the cotangents that static values have gathered, back to the inputs.
+  void finish(T* shared_gradient) {
+    if (!c_.wants.second_order) return;
+    for (int v = 0; v < values(); ++v) {
+      if (!c_.plan.is_static[v] || b_.support.gy[v] < 0) continue;
+      T* g = at(b_.support.gy[v]);
+      const int64_t size = c_.args.supports * c_.plan.shapes[v].row();
+      for (int64_t i = 0; i < size; ++i) g[i] = -g[i];
+    }
+    pass_ = 0;
+    for (int v = values() - 1; v > 0; --v) {
+      if (!c_.plan.is_static[v] || b_.support.gy[v] < 0) continue;
+      LayerCall<T> x = call(v, false, c_.theta);
+      x.gy = at(b_.support.gy[v]);
+      const Node& n = c_.plan.nodes[v - 1];
+      if (b_.support.gy[n.input] >= 0) x.gx = at(b_.support.gy[n.input]);
+      if (n.input2 >= 0 && b_.support.gy[n.input2] >= 0) x.gx2 = at(b_.support.gy[n.input2]);
+      x.add_gx = x.add_gx2 = true;
+      set_parameters(x, v, nullptr, shared_gradient, false);
+      run_backward(x);
+    }
+  }
+
+  // Zeros where nothing came back (from_queries: whether the queries' cotangents were formed).
+  void export_input_gradients(T* support_x, T* query_x, bool from_queries) const {
+    const Shape& s = c_.plan.shapes[0];
+    const int64_t row = s.channels * s.pixels();
+    const Adapt& a = c_.args;
+    const auto write = [&](int64_t place, int64_t rows, T* out) {
+      if (out == nullptr) return;
+      out += task_ * rows * row;
+      if (place >= 0 && c_.plan.live[0]) {
+        export_rows(s, rows, at(place), out);
+      } else {
+        zero(out, rows * row);
+      }
+    };
+    const bool static_input = c_.wants.second_order && c_.plan.is_static[0];
+    write(static_input ? b_.support.gy[0] : -1, a.supports, support_x);
+    write(from_queries ? b_.query.gy[0] : -1, a.queries, query_x);
+  }
+
+  T* gradient() const { return at(b_.gradient); }
+  T* cotangent() const { return at(b_.cotangent); }
+  T* trajectory() const { return at(b_.trajectory); }
+
+  // Numbers of one step's rates in the engine's layout.
+  int64_t rate_width() const { return per_number() ? c_.plan.fast.size : c_.args.rate_cols; }
+
+  static void zero(T* p, int64_t n) { std::fill(p, p + n, T(0)); }
+
+ private:
+  using Pass = typename Buffers<T>::Pass;
+
+  int values() const { return static_cast<int>(c_.plan.shapes.size()); }
+  T* at(int64_t place) const { return memory_ + place; }
+  void clear(int64_t place, int v) { zero(at(place), c_.args.supports * c_.plan.shapes[v].row()); }
+
+  bool per_number() const {
+    return c_.args.rate_cols != 1 && c_.args.rate_cols != c_.args.num_fast;
+  }
+  int64_t rate_row(int64_t step) const { return c_.args.rate_rows == 1 ? 0 : step; }
+
+  // f(parameter, begin, end, rates or nullptr, rate) for ranges of the adapted parameters.
+  template <class F>
+  void each_rate(int64_t step, F f) const {
+    const T* row = c_.rates + rate_row(step) * rate_width();
+    const int64_t size = c_.plan.fast.size;
+    if (per_number()) {
+      f(int64_t{0}, int64_t{0}, size, row, T(0));
+    } else if (c_.args.rate_cols == 1) {
+      f(int64_t{0}, int64_t{0}, size, nullptr, row[0]);
+    } else {
+      for (int64_t i = 0; i < c_.args.num_fast; ++i) {
+        const int64_t end = i + 1 < c_.args.num_fast ? c_.plan.fast.params[i + 1].offset : size;
+        f(i, c_.plan.fast.params[i].offset, end, nullptr, row[i]);
+      }
+    }
+  }
+
+  LossCall<T> loss_call(const Pass& p, int64_t rows, const void* target) const {
+    const Loss& loss = c_.plan.program.loss;
+    LossCall<T> x{};
+    x.loss = &loss;
+    x.shape = c_.plan.out();
+    x.rows = rows;
+    x.prediction = at(p.y.back());
+    if (loss.kind == LossKind::kCrossEntropy) {
+      x.labels = static_cast<const int64_t*>(target) + task_ * rows;
+    } else {
+      x.targets =
+          static_cast<const T*>(target) + task_ * rows * x.shape.channels * x.shape.pixels();
+    }
+    if (loss.weight) x.weight = c_.shared + c_.plan.param(loss.weight).offset;
+    if (p.gy.back() >= 0) x.g = at(p.gy.back());
+    return x;
+  }
+
+  void support_forward(int64_t step, const T* theta) {
+    pass_ = step;
+    for (int v = 1; v < values(); ++v) {
+      if (c_.plan.live[v] && !c_.plan.is_static[v]) run_forward(call(v, false, theta));
+    }
+  }
+
+  void support_loss(bool dual) {
+    LossCall<T> x = loss_call(b_.support, c_.args.supports, c_.args.support_y);
+    if (!dual) {
+      loss_gradient(x);
+      return;
+    }
+    x.dprediction = at(b_.support.dy.back());
+    x.dg = at(b_.support.dgy.back());
+    loss_dual(x);
+  }
+
+  LayerCall<T> call(int v, bool query, const T* theta) const {
+    const Node& n = c_.plan.nodes[v - 1];
+    const Pass& p = query ? b_.query : b_.support;
+    LayerCall<T> x{};
+    x.node = &n;
+    x.rows = query ? c_.args.queries : c_.args.supports;
+    x.x = at(p.y[n.input]);
+    if (n.input2 >= 0) x.x2 = at(p.y[n.input2]);
+    x.y = at(p.y[v]);
+    const auto value = [&](const ParamRef& ref) -> const T* {
+      if (!ref) return nullptr;
+      return (ref.adapted ? theta : c_.shared) + c_.plan.param(ref).offset;
+    };
+    x.w = value(n.w);
+    x.b = value(n.b);
+    x.mean = value(n.mean);
+    x.var = value(n.var);
+    if (p.saved[v] >= 0) x.saved = at(p.saved[v]);
+    x.scratch = at(b_.scratch);
+    x.seed = c_.args.seed;
+    x.pass = query ? -1 : pass_;
+    x.task = task_;
+    return x;
+  }
+
+  void set_tangents(LayerCall<T>* x, int v) const {
+    const Node& n = *x->node;
+    const Pass& p = b_.support;
+    if (p.dy[n.input] >= 0) x->dx = at(p.dy[n.input]);
+    if (n.input2 >= 0 && p.dy[n.input2] >= 0) x->dx2 = at(p.dy[n.input2]);
+    x->dy = at(p.dy[v]);
+    const T* direction = at(b_.direction);
+    if (n.w && n.w.adapted) x->dw = direction + c_.plan.param(n.w).offset;
+    if (n.b && n.b.adapted) x->db = direction + c_.plan.param(n.b).offset;
+  }
+
+  // Cotangents of the value and of the node's inputs. Where the last reader in order comes first,
+  // it writes and the others add.
+  void set_inputs(LayerCall<T>& x, int v, const Pass& p, bool dual) const {
+    const Node& n = *x.node;
+    x.gy = at(p.gy[v]);
+    if (dual) x.dgy = at(p.dgy[v]);
+    const auto input = [&](int u, T** gx, T** dgx, bool* add) {
+      const bool gathers = &p == &b_.support && c_.plan.is_static[u];
+      if (gathers) {  // over the steps, and the part that is a tangent alone
+        if (dual && p.gy[u] >= 0) *dgx = at(p.gy[u]);
+        *add = true;
+        return;
+      }
+      if (p.gy[u] >= 0) *gx = at(p.gy[u]);
+      if (dual && p.dgy[u] >= 0) *dgx = at(p.dgy[u]);
+      *add = c_.plan.last_use[u] != v;
+    };
+    input(n.input, &x.gx, &x.dgx, &x.add_gx);
+    if (n.input2 >= 0) {
+      input(n.input2, &x.gx2, &x.dgx2, &x.add_gx2);
+      if (n.input2 == n.input) x.add_gx2 = true;
+    }
+  }
+
+  void set_parameters(LayerCall<T>& x, int, T* fast, T* shared, bool dual) const {
+    const auto place = [&](const ParamRef& ref) -> T* {
+      if (!ref) return nullptr;
+      if (ref.adapted) return fast == nullptr ? nullptr : fast + c_.plan.param(ref).offset;
+      return shared == nullptr || !c_.wants.shared ? nullptr : shared + c_.plan.param(ref).offset;
+    };
+    (dual ? x.dgw : x.gw) = place(x.node->w);
+    (dual ? x.dgb : x.gb) = place(x.node->b);
+  }
+
+  static bool is_product(const LayerCall<T>& x) {
+    return x.node->kind == Kind::kLinear || x.node->kind == Kind::kConv2d;
+  }
+  static void run_forward(const LayerCall<T>& x) {
+    is_product(x) ? product::forward(x) : layers::forward(x);
+  }
+  static void run_backward(const LayerCall<T>& x) {
+    is_product(x) ? product::backward(x) : layers::backward(x);
+  }
+  static void run_dual_forward(const LayerCall<T>& x) {
+    is_product(x) ? product::dual_forward(x) : layers::dual_forward(x);
+  }
+  static void run_dual_backward(const LayerCall<T>& x) {
+    is_product(x) ? product::dual_backward(x) : layers::dual_backward(x);
+  }
+
+  const Common<T>& c_;
+  const Buffers<T>& b_;
+  T* memory_;
+  int64_t task_ = 0, pass_ = 0;
+};
+
+}  // namespace fastmeta::engine::FASTMETA_ISA
