@@ -329,13 +329,13 @@ def _dropout(x: Tensor, p: float, node: int, draw: Pass) -> Tensor:
 def keep_mask(
     shape: Sequence[int], p: float, node: int, draw: Pass, device: torch.device
 ) -> Tensor:
-    """Which elements dropout keeps: those whose hash reaches p (csrc/engine/layers/dropout.h)."""
-    key = 0
-    for part in (draw.seed, node, draw.step, draw.task):
-        key = _mix_number(key + part + _GOLDEN)
-    element = torch.arange(math.prod(shape), device=device)
-    bits = _shift(_mix(element * _signed(_GOLDEN) + _signed(key)), 11)
-    return (bits.double() * 2.0**-53 >= p).reshape(tuple(shape))
+    """Which elements dropout keeps: those whose hash of 24 bits reaches p * 2^24."""
+    key = _mix_number(draw.seed + _GOLDEN)
+    for part in (node, draw.step, draw.task):
+        key = _mix_number(key ^ ((part + _GOLDEN) & (2**64 - 1)))
+    element = torch.arange(1, math.prod(shape) + 1, device=device)
+    bits = _shift(_mix(element * _signed(_GOLDEN) + _signed(key)), 40)
+    return (bits >= round(p * 2**24)).reshape(tuple(shape))
 
 
 def _mix_number(value: int) -> int:

@@ -263,10 +263,10 @@ def test_masks_are_splitmix64_written_out():
 
     golden = 0x9E3779B97F4A7C15
     for seed, node, step, task in [(0, 0, 0, 0), (2**63 - 5, 3, -1, 7), (17, 1, 4, 1000)]:
-        key = 0
-        for part in (seed, node, step, task):
-            key = mix((key + part + golden) & bits)
-        wanted = [(mix((key + e * golden) & bits) >> 11) >= 0.25 * 2**53 for e in range(64)]
+        key = mix((seed + golden) & bits)
+        for part in (node, step, task):
+            key = mix(key ^ ((part + golden) & bits))
+        wanted = [(mix((key + (e + 1) * golden) & bits) >> 40) >= 0.25 * 2**24 for e in range(64)]
         mask = keep_mask((8, 8), 0.25, node, Pass(seed, step, task), torch.device("cpu"))
         assert mask.flatten().tolist() == wanted
 
