@@ -102,10 +102,11 @@ struct DoubleBackward {
   void* grad_weight;        // acc, [T, D]; nullptr unless additive
 };
 
-#define FASTMETA_MATCHING_CPU(ISA)                      \
-  namespace ISA {                                       \
-  void forward(const Forward& args, ParallelFor par);   \
-  void backward(const Backward& args, ParallelFor par); \
+#define FASTMETA_MATCHING_CPU(ISA)                                   \
+  namespace ISA {                                                    \
+  void forward(const Forward& args, ParallelFor par);                \
+  void backward(const Backward& args, ParallelFor par);              \
+  void double_backward(const DoubleBackward& args, ParallelFor par); \
   }
 FASTMETA_MATCHING_CPU(baseline)
 FASTMETA_MATCHING_CPU(avx2)

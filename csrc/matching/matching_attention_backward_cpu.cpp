@@ -19,10 +19,6 @@ namespace fastmeta::matching::FASTMETA_ISA {
 
 namespace {
 
-constexpr int64_t kWholeRows = 256;  // classes up to this size are never cut, by block or by chunk
-constexpr int64_t kPartialBytes = int64_t{8}
-                                  << 20;  // private partial gradients of all chunks together
-
 thread_local Scratch call_scratch, job_scratch;
 
 struct Plan {
@@ -36,11 +32,6 @@ struct Plan {
   void* weight;        // [T, chunks, D], additive
   double* scale;       // [T, chunks]
 };
-
-template <class A>
-void zero_row(A* row, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) row[i] = A{};
-}
 
 // A job under way: the memory it works in and where its gradients go.
 template <class S>
@@ -94,8 +85,8 @@ struct Job {
     begin = 0, end = p.num_supports, c0 = 0, c1 = p.num_classes;
     if (!whole) {
       const int64_t valid = start[p.num_classes];
-      begin = by_query ? 0 : boundary(k);
-      end = by_query ? valid : boundary(k + 1);
+      begin = by_query ? 0 : chunk_begin(start, p.num_classes, k, plan.chunks);
+      end = by_query ? valid : chunk_begin(start, p.num_classes, k + 1, plan.chunks);
       while (c0 < p.num_classes && start[c0 + 1] <= begin) ++c0;
       while (c1 > c0 && start[c1 - 1] >= end) --c1;
     }
@@ -109,25 +100,6 @@ struct Job {
     partial = whole ? nullptr
                     : static_cast<A*>(plan.partial) +
                           index * (by_query ? p.num_supports : p.num_queries) * p.dim;
-  }
-
-  // Where chunk `index` begins: not within a class of at most kWholeRows.
-  int64_t boundary(int64_t index) const {
-    const int64_t valid = start[p.num_classes], at = valid * index / plan.chunks;
-    if (at == valid) return valid;
-    const int64_t c = class_at(start, p.num_classes, at);
-    return start[c + 1] - start[c] <= kWholeRows ? start[c] : at;
-  }
-
-  // Supports in the block that begins at `at`: whole classes, but for those above kWholeRows.
-  int64_t block_size(int64_t at) const {
-    if (nll && at == 0 && end == start[p.num_classes] && end <= kWholeRows) return end;
-    const int64_t n = min_of(rows, end - at);
-    if (n == end - at) return n;
-    const int64_t c = class_at(start, p.num_classes, at + n - 1);
-    const int64_t size = start[c + 1] - start[c];
-    if (start[c + 1] == at + n || size > kWholeRows) return n;
-    return start[c] > at ? start[c] - at : size;
   }
 
   void allocate(Scratch& scratch) {
@@ -320,7 +292,7 @@ struct Job {
       int64_t first_class = c0;
       int64_t n = 0;
       for (int64_t at = begin; at < end; at += n) {
-        n = block_size(at);
+        n = block_size(start, p.num_classes, at, end, rows, nll);
         const int64_t slot = resident ? at - begin : 0;
         if (!resident || g == first) open_block(at, n, slot);
         while (start[first_class + 1] <= at) ++first_class;
@@ -355,29 +327,6 @@ void run_job(const Plan& plan, int64_t index) {
   Job<S>(plan, index).run(index);
 }
 
-// Adds up the private partials of row `row` of all tasks.
-template <class S>
-void reduce_row(const Plan& plan, int64_t row) {
-  using A = Acc<S>;
-  constexpr int kW = kWidth<A>;
-  const Problem& p = plan.args->problem;
-  const int64_t rows = plan.split_queries ? p.num_supports : p.num_queries, t = row / rows,
-                i = row % rows;
-  S* out = static_cast<S*>(plan.split_queries ? plan.args->grad_support : plan.args->grad_query) +
-           row * p.dim;
-  if (plan.split_queries &&
-      static_cast<uint64_t>(p.labels[row]) >= static_cast<uint64_t>(p.num_classes)) {
-    return zero_row(out, p.dim);
-  }
-  const A* from = static_cast<const A*>(plan.partial) + (t * plan.chunks * rows + i) * p.dim;
-  for (int64_t d = 0; d < p.dim; d += kW) {
-    const int n = static_cast<int>(min_of<int64_t>(kW, p.dim - d));
-    Vec<A> sum{};
-    for (int64_t k = 0; k < plan.chunks; ++k) sum += load_n(from + k * rows * p.dim + d, n);
-    store_n(out + d, sum, n);
-  }
-}
-
 template <class S>
 void run(const Backward& args, ParallelFor par) {
   using A = Acc<S>;
@@ -394,12 +343,7 @@ void run(const Backward& args, ParallelFor par) {
   const Panels<A> panels(p.num_queries);
   Plan plan{&args,   1,      p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr,
             nullptr, nullptr};
-  const int64_t larger = plan.split_queries ? panels.count : p.num_supports / 256;
-  const int64_t row_bytes = static_cast<int64_t>(sizeof(A)) * max_of<int64_t>(1, p.dim) * tasks *
-                            max_of<int64_t>(1, min_of(p.num_queries, p.num_supports));
-  // Large partials: fewer chunks, but enough for a few threads.
-  const int64_t fit = max_of<int64_t>(kPartialBytes / row_bytes, ceil_div(4, tasks));
-  plan.chunks = max_of<int64_t>(1, min_of(min_of(jobs_per_task(p), larger), fit));
+  plan.chunks = gradient_chunks<A>(p, plan.split_queries, panels.count);
   if (plan.chunks > 1) {
     const int64_t rows = tasks * p.num_supports, starts = tasks * (p.num_classes + 1);
     const int64_t jobs = tasks * plan.chunks;
@@ -458,22 +402,14 @@ void run(const Backward& args, ParallelFor par) {
   par(
       rows, max_of<int64_t>(1, 32768 / (plan.chunks * (p.dim + 8))),
       [](void* context, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) reduce_row<S>(*static_cast<const Plan*>(context), r);
+        const Plan& x = *static_cast<const Plan*>(context);
+        void* out = x.split_queries ? x.args->grad_support : x.args->grad_query;
+        for (int64_t r = begin; r < end; ++r) {
+          add_partials<S>(x.args->problem, x.split_queries, x.chunks, x.partial, r, out);
+        }
       },
       &plan);
-  for (int64_t t = 0; t < tasks; ++t) {
-    double scale = 0;
-    for (int64_t k = 0; k < plan.chunks; ++k) scale += plan.scale[t * plan.chunks + k];
-    static_cast<A*>(args.grad_scale)[t] = static_cast<A>(scale);
-    if (p.similarity != Similarity::kAdditive) continue;
-    A* out = static_cast<A*>(args.grad_weight) + t * p.dim;
-    const A* from = static_cast<const A*>(plan.weight) + t * plan.chunks * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      double sum = 0;
-      for (int64_t k = 0; k < plan.chunks; ++k) sum += static_cast<double>(from[k * p.dim + d]);
-      out[d] = static_cast<A>(sum);
-    }
-  }
+  add_job_sums<A>(p, plan.chunks, plan.scale, plan.weight, args.grad_scale, args.grad_weight);
 }
 
 }  // namespace

@@ -125,6 +125,9 @@ void run(const Operands& /*ops*/, const Forward& args) {
 void run(const Operands& /*ops*/, const Backward& args) {
   FASTMETA_DISPATCH(current_isa(), matching, backward, args, bridge::parallel_for);
 }
+void run(const Operands& /*ops*/, const DoubleBackward& args) {
+  FASTMETA_DISPATCH(current_isa(), matching, double_backward, args, bridge::parallel_for);
+}
 #endif
 
 std::tuple<Tensor, Tensor> forward(const Operands& ops, const std::vector<int64_t>& out_shape) {
@@ -135,34 +138,99 @@ std::tuple<Tensor, Tensor> forward(const Operands& ops, const std::vector<int64_
   return {out, lse};
 }
 
+// What the forward left and the gradient of its result, checked and contiguous.
+struct Saved {
+  Tensor grad, out, lse;
+
+  Saved(const Operands& ops, const Tensor& grad_, const Tensor& out_, const Tensor& lse_,
+        const std::vector<int64_t>& out_shape)
+      : grad(bridge::contiguous(grad_)),
+        out(bridge::contiguous(out_)),
+        lse(bridge::contiguous(lse_)) {
+    const ScalarType acc = bridge::acc_type(ops.query);
+    bridge::check_shape(lse, "lse", {ops.problem.num_tasks, ops.problem.num_queries});
+    bridge::check_shape(grad, "grad", out_shape);
+    bridge::check_shape(out, "out", out_shape);
+    bridge::check_dtype(lse, "lse", acc);
+    bridge::check_dtype(grad, "grad", acc);
+    bridge::check_dtype(out, "out", acc);
+  }
+};
+
+// Gradients of the floating operands, yet to be written; the weight's is empty without weight.
+struct Gradients {
+  Tensor query, support, scale, weight;
+
+  explicit Gradients(const Operands& ops) : Gradients(ops, ops.problem) {}
+  void* weight_pointer(const Operands& ops) const {
+    return ops.problem.weight != nullptr ? weight.mutable_data_ptr() : nullptr;
+  }
+
+ private:
+  Gradients(const Operands& ops, const Problem& p)
+      : query(make(ops, {p.num_tasks, p.num_queries, p.dim}, ops.query.scalar_type())),
+        support(make(ops, {p.num_tasks, p.num_supports, p.dim}, ops.query.scalar_type())),
+        scale(make(ops, {p.num_tasks}, bridge::acc_type(ops.query))),
+        weight(make(ops, {p.num_tasks, p.weight != nullptr ? p.dim : 0},
+                    bridge::acc_type(ops.query))) {}
+  static Tensor make(const Operands& ops, const std::vector<int64_t>& size, ScalarType dtype) {
+    return bridge::empty(ops.query, size, dtype);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Operands& ops, const Tensor& grad,
                                                     const Tensor& out, const Tensor& lse,
                                                     const std::vector<int64_t>& out_shape) {
-  const Problem& problem = ops.problem;
-  const ScalarType acc = bridge::acc_type(ops.query);
-  for (const auto& [tensor, name] : {std::pair{&grad, "grad"}, std::pair{&out, "out"}}) {
-    bridge::check_shape(*tensor, name, out_shape);
-    bridge::check_dtype(*tensor, name, acc);
-  }
-  bridge::check_shape(lse, "lse", {problem.num_tasks, problem.num_queries});
-  bridge::check_dtype(lse, "lse", acc);
-  const Tensor grad_c = bridge::contiguous(grad), out_c = bridge::contiguous(out);
-  const Tensor lse_c = bridge::contiguous(lse);
-  const ScalarType scalar = ops.query.scalar_type();
-  const bool additive = problem.weight != nullptr;
-  Tensor grad_query =
-      bridge::empty(ops.query, {problem.num_tasks, problem.num_queries, problem.dim}, scalar);
-  Tensor grad_support =
-      bridge::empty(ops.query, {problem.num_tasks, problem.num_supports, problem.dim}, scalar);
-  Tensor grad_scale = bridge::empty(ops.query, {problem.num_tasks}, acc);
-  Tensor grad_weight =
-      bridge::empty(ops.query, {problem.num_tasks, additive ? problem.dim : 0}, acc);
-  run(ops,
-      Backward{problem, grad_c.const_data_ptr(), out_c.const_data_ptr(), lse_c.const_data_ptr(),
-               grad_query.mutable_data_ptr(), grad_support.mutable_data_ptr(),
-               grad_scale.mutable_data_ptr(), additive ? grad_weight.mutable_data_ptr() : nullptr});
-  return {grad_query, grad_support, grad_scale, grad_weight};
+  const Saved saved(ops, grad, out, lse, out_shape);
+  const Gradients grads(ops);
+  run(ops, Backward{ops.problem, saved.grad.const_data_ptr(), saved.out.const_data_ptr(),
+                    saved.lse.const_data_ptr(), grads.query.mutable_data_ptr(),
+                    grads.support.mutable_data_ptr(), grads.scale.mutable_data_ptr(),
+                    grads.weight_pointer(ops)});
+  return {grads.query, grads.support, grads.scale, grads.weight};
 }
+
+#if !defined(FASTMETA_CUDA)
+// A direction of the double backward; no tensor stands for zero.
+class Direction {
+ public:
+  Direction(const OptionalTensor& x, const char* name, const std::vector<int64_t>& size,
+            ScalarType dtype) {
+    if (!x.has_value()) return;
+    bridge::check_shape(*x, name, size);
+    bridge::check_dtype(*x, name, dtype);
+    tensor_ = bridge::contiguous(*x);
+  }
+  const void* pointer() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
+    const Operands& ops, const OptionalTensor& query_dot, const OptionalTensor& support_dot,
+    const OptionalTensor& scale_dot, const OptionalTensor& weight_dot, const Tensor& grad,
+    const Tensor& out, const Tensor& lse, const std::vector<int64_t>& out_shape) {
+  const Problem& p = ops.problem;
+  const ScalarType scalar = ops.query.scalar_type(), acc = bridge::acc_type(ops.query);
+  const Saved saved(ops, grad, out, lse, out_shape);
+  const Direction query(query_dot, "grad_query", {p.num_tasks, p.num_queries, p.dim}, scalar);
+  const Direction support(support_dot, "grad_support", {p.num_tasks, p.num_supports, p.dim},
+                          scalar);
+  const Direction scale(scale_dot, "grad_scale", {p.num_tasks}, acc);
+  const bool additive = p.weight != nullptr;
+  const Direction weight(weight_dot, "grad_weight", {p.num_tasks, additive ? p.dim : 0}, acc);
+  Tensor grad_grad = bridge::empty(ops.query, out_shape, acc);
+  const Gradients grads(ops);
+  run(ops, DoubleBackward{p, query.pointer(), support.pointer(), scale.pointer(),
+                          additive ? weight.pointer() : nullptr, saved.grad.const_data_ptr(),
+                          saved.out.const_data_ptr(), saved.lse.const_data_ptr(),
+                          grad_grad.mutable_data_ptr(), grads.query.mutable_data_ptr(),
+                          grads.support.mutable_data_ptr(), grads.scale.mutable_data_ptr(),
+                          grads.weight_pointer(ops)});
+  return {grad_grad, grads.query, grads.support, grads.scale, grads.weight};
+}
+#endif
 
 std::tuple<Tensor, Tensor> matching_attention(const Tensor& query, const Tensor& support,
                                               const Tensor& labels, const Tensor& scale,
@@ -196,6 +264,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_nll_backward(
   return backward(ops, grad, nll, lse, {query.size(0), query.size(1)});
 }
 
+#if !defined(FASTMETA_CUDA)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_attention_double_backward(
+    const OptionalTensor& grad_query, const OptionalTensor& grad_support,
+    const OptionalTensor& grad_scale, const OptionalTensor& grad_weight, const Tensor& grad,
+    const Tensor& query, const Tensor& support, const Tensor& labels, const Tensor& scale,
+    const OptionalTensor& weight, const Tensor& logp, const Tensor& lse, int64_t num_classes,
+    const std::string& similarity) {
+  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
+  return double_backward(ops, grad_query, grad_support, grad_scale, grad_weight, grad, logp, lse,
+                         {query.size(0), query.size(1), num_classes});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_nll_double_backward(
+    const OptionalTensor& grad_query, const OptionalTensor& grad_support,
+    const OptionalTensor& grad_scale, const OptionalTensor& grad_weight, const Tensor& grad,
+    const Tensor& query, const Tensor& support, const Tensor& labels, const Tensor& targets,
+    const Tensor& scale, const OptionalTensor& weight, const Tensor& nll, const Tensor& lse,
+    int64_t num_classes, const std::string& similarity) {
+  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
+  return double_backward(ops, grad_query, grad_support, grad_scale, grad_weight, grad, nll, lse,
+                         {query.size(0), query.size(1)});
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
@@ -203,6 +295,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
   m.impl("matching_attention_backward", TORCH_BOX(&matching_attention_backward));
   m.impl("matching_nll", TORCH_BOX(&matching_nll));
   m.impl("matching_nll_backward", TORCH_BOX(&matching_nll_backward));
+#if !defined(FASTMETA_CUDA)
+  m.impl("matching_attention_double_backward", TORCH_BOX(&matching_attention_double_backward));
+  m.impl("matching_nll_double_backward", TORCH_BOX(&matching_nll_double_backward));
+#endif
 }
 
 }  // namespace fastmeta::matching

@@ -7,6 +7,62 @@
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
+// Private partial gradients of all chunks together.
+constexpr int64_t kPartialBytes = int64_t{8} << 20;
+
+// Into how many chunks a task's queries or supports are split.
+template <class A>
+static int64_t gradient_chunks(const Problem& p, bool split_queries, int64_t panels) {
+  const int64_t larger = split_queries ? panels : p.num_supports / 256;
+  const int64_t row_bytes = static_cast<int64_t>(sizeof(A)) * max_of<int64_t>(1, p.dim) *
+                            p.num_tasks * max_of<int64_t>(1, min_of(p.num_queries, p.num_supports));
+  // Large partials: fewer chunks, but enough for a few threads.
+  const int64_t fit = max_of<int64_t>(kPartialBytes / row_bytes, ceil_div(4, p.num_tasks));
+  return max_of<int64_t>(1, min_of(min_of(jobs_per_task(p), larger), fit));
+}
+
+// Adds up the partials [T, chunks, Q or S, D] of one row of all tasks, in the order of the chunks.
+// split_queries: the rows are supports, and padding gets zero.
+template <class S>
+static void add_partials(const Problem& p, bool split_queries, int64_t chunks, const void* partial,
+                         int64_t row, void* grad) {
+  using A = Acc<S>;
+  constexpr int kW = kWidth<A>;
+  const int64_t rows = split_queries ? p.num_supports : p.num_queries;
+  const int64_t t = row / rows, i = row % rows;
+  S* out = static_cast<S*>(grad) + row * p.dim;
+  if (split_queries &&
+      static_cast<uint64_t>(p.labels[row]) >= static_cast<uint64_t>(p.num_classes)) {
+    return zero_row(out, p.dim);
+  }
+  const A* from = static_cast<const A*>(partial) + (t * chunks * rows + i) * p.dim;
+  for (int64_t d = 0; d < p.dim; d += kW) {
+    const int n = static_cast<int>(min_of<int64_t>(kW, p.dim - d));
+    Vec<A> sum{};
+    for (int64_t k = 0; k < chunks; ++k) sum += load_n(from + k * rows * p.dim + d, n);
+    store_n(out + d, sum, n);
+  }
+}
+
+// Sums of the jobs of each task, in order: of the scale's gradient and, additive, the weight's.
+template <class A>
+static void add_job_sums(const Problem& p, int64_t chunks, const double* scale, const void* weight,
+                         void* grad_scale, void* grad_weight) {
+  for (int64_t t = 0; t < p.num_tasks; ++t) {
+    double total = 0;
+    for (int64_t k = 0; k < chunks; ++k) total += scale[t * chunks + k];
+    static_cast<A*>(grad_scale)[t] = static_cast<A>(total);
+    if (p.similarity != Similarity::kAdditive) continue;
+    A* out = static_cast<A*>(grad_weight) + t * p.dim;
+    const A* from = static_cast<const A*>(weight) + t * chunks * p.dim;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      double sum = 0;
+      for (int64_t k = 0; k < chunks; ++k) sum += static_cast<double>(from[k * p.dim + d]);
+      out[d] = static_cast<A>(sum);
+    }
+  }
+}
+
 // A panel of queries in the backward.
 template <class A>
 struct GradientPanel {

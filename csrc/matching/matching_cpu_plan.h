@@ -66,6 +66,36 @@ static inline int64_t class_at(const int64_t* start, int64_t num_classes, int64_
   return low;
 }
 
+// Classes up to this size are never cut in the backward, by block or by chunk.
+constexpr int64_t kWholeRows = 256;
+
+// Where chunk `index` of the sorted supports begins: not within a class of at most kWholeRows.
+static inline int64_t chunk_begin(const int64_t* start, int64_t num_classes, int64_t index,
+                                  int64_t chunks) {
+  const int64_t valid = start[num_classes], at = valid * index / chunks;
+  if (at == valid) return valid;
+  const int64_t c = class_at(start, num_classes, at);
+  return start[c + 1] - start[c] <= kWholeRows ? start[c] : at;
+}
+
+// Supports in the block that begins at `at`, about `rows` and none past `end`: whole classes, but
+// for those above kWholeRows. together: a task of at most kWholeRows is one block.
+static inline int64_t block_size(const int64_t* start, int64_t num_classes, int64_t at, int64_t end,
+                                 int64_t rows, bool together) {
+  if (together && at == 0 && end == start[num_classes] && end <= kWholeRows) return end;
+  const int64_t n = min_of(rows, end - at);
+  if (n == end - at) return n;
+  const int64_t c = class_at(start, num_classes, at + n - 1);
+  const int64_t size = start[c + 1] - start[c];
+  if (start[c + 1] == at + n || size > kWholeRows) return n;
+  return start[c] > at ? start[c] - at : size;
+}
+
+template <class A>
+static void zero_row(A* row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = A{};
+}
+
 // A task of the problem with typed pointers.
 template <class S>
 struct Task {

@@ -42,8 +42,8 @@ def matching_attention(
               z_i = \mathrm{scale} \cdot \mathrm{similarity}(q, s_i)
 
     Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
-    the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward or
-    backward (the double backward in plain PyTorch holds them).
+    the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward,
+    backward or double backward (a third order runs in plain PyTorch and holds them).
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
