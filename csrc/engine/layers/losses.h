@@ -9,7 +9,7 @@
 #include "common/vec_math.h"
 #include "engine/layers/lanes.h"
 
-namespace fastmeta::engine {
+namespace fastmeta::engine::FASTMETA_ISA {
 
 // Index of the first label that is neither a class nor ignored; -1 if there is none.
 inline int64_t first_bad_label(const int64_t* labels, int64_t n, int64_t classes, int64_t ignore) {
@@ -18,10 +18,6 @@ inline int64_t first_bad_label(const int64_t* labels, int64_t n, int64_t classes
   }
   return -1;
 }
-
-}  // namespace fastmeta::engine
-
-namespace fastmeta::engine::FASTMETA_ISA {
 
 template <class T>
 struct LossCall {
