@@ -48,20 +48,27 @@ class Run {
     rate_width_ = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ? args_.rate_cols
                                                                             : plan_.fast.size;
     rate_size_ = wants_.rates ? args_.rate_rows * rate_width_ : 0;
-    group_size_ = wants_.backward ? plan_.fast.size + plan_.shared.size + rate_size_ : 0;
+    group_size_ = wants_.backward
+                      ? plan_.fast.size + plan_.shared.size + plan_.factored_size + rate_size_
+                      : 0;
     groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
     call_memory.reset(Scratch::size_of<T>(plan_.fast.size) +
+                      Scratch::size_of<T>(plan_.factored_size) +
                       Scratch::size_of<T>(plan_.shared.size) +
                       Scratch::size_of<T>(args_.rate_rows * rate_width_) +
                       Scratch::size_of<T>(groups_ * group_size_));
     T* theta = call_memory.take<T>(plan_.fast.size);
+    T* weights = call_memory.take<T>(plan_.factored_size);
     T* shared = call_memory.take<T>(plan_.shared.size);
     T* rates = call_memory.take<T>(args_.rate_rows * rate_width_);
     group_gradients_ = call_memory.take<T>(groups_ * group_size_);
     import_list(plan_.fast, args_.fast, theta);
+    for (const Factored& f : plan_.factored) {
+      import_param(f.weight, static_cast<const T*>(args_.fast[f.param]), weights + f.weight.offset);
+    }
     import_list(plan_.shared, args_.shared, shared);
     import_rates(rates);
-    const Common<T> common{args_, plan_, wants_, buffers, theta, shared, rates};
+    const Common<T> common{args_, plan_, wants_, buffers, theta, weights, shared, rates};
     common_ = &common;
     par(
         groups_, 1,
@@ -125,7 +132,7 @@ class Run {
   void one(Task<T>& task, int64_t t, T* sums) {
     task.begin(t);
     const T* last = mode_ == Mode::kBackward ? theta_at(task, t, args_.steps) : descend(task, t);
-    if (mode_ == Mode::kAdapt && args_.adapted != nullptr) export_adapted(last, t);
+    if (mode_ == Mode::kAdapt && args_.adapted != nullptr) export_adapted(task, last, t);
     const bool from_prediction =
         mode_ == Mode::kMetaStep || (mode_ == Mode::kBackward && gradients_->prediction != nullptr);
     if (args_.queries > 0 && (mode_ == Mode::kAdapt || from_prediction)) task.query_forward(last);
@@ -142,15 +149,18 @@ class Run {
   void back(Task<T>& task, int64_t t, const T* last, bool from_prediction, T* sums) {
     const int64_t size = plan_.fast.size;
     T* shared = wants_.shared ? sums + size : nullptr;
-    T* rates = wants_.rates ? sums + size + plan_.shared.size : nullptr;
+    T* weights = sums + size + plan_.shared.size;
+    T* rates = wants_.rates ? weights + plan_.factored_size : nullptr;
     T* lambda = task.cotangent();
     Task<T>::zero(lambda, size);
-    if (mode_ == Mode::kBackward && gradients_->adapted != nullptr) import_adapted(lambda, t);
+    if (mode_ == Mode::kBackward && gradients_->adapted != nullptr) {
+      import_adapted(task, last, lambda, weights, t);
+    }
     if (from_prediction) {
       if (mode_ == Mode::kBackward) {
         task.import_prediction_gradient(static_cast<const T*>(gradients_->prediction));
       }
-      task.query_backward(last, shared);
+      task.query_backward(last, weights, shared);
     }
     for (int64_t k = args_.steps - 1; k >= 0; --k) {
       if (wants_.second_order) {
@@ -160,7 +170,7 @@ class Run {
         task.add_rate_gradient(k, rates);
       }
     }
-    task.finish(shared);
+    task.finish(from_prediction, weights, shared);
     task.export_input_gradients(static_cast<T*>(gradients_->support_x),
                                 static_cast<T*>(gradients_->query_x), from_prediction);
     for (int64_t i = 0; i < size; ++i) sums[i] += lambda[i];
@@ -169,7 +179,9 @@ class Run {
   void import_list(const ParamList& list, const void* const* from, T* to) const {
     for (size_t i = 0; i < list.params.size(); ++i) {
       const Param& p = list.params[i];
-      if (p.layout != Layout::kNone) {
+      if (p.layout == Layout::kFactored) {
+        Task<T>::zero(to + p.offset, p.size);
+      } else if (p.layout != Layout::kNone) {
         import_param(p, static_cast<const T*>(from[i]), to + p.offset);
       }
     }
@@ -199,19 +211,36 @@ class Run {
     }
   }
 
-  void export_adapted(const T* theta, int64_t task) const {
+  int factored_index(int param) const {
+    for (size_t i = 0; i < plan_.factored.size(); ++i) {
+      if (plan_.factored[i].param == param) return static_cast<int>(i);
+    }
+    return -1;
+  }
+
+  void export_adapted(Task<T>& task, const T* theta, int64_t t) const {
     for (size_t i = 0; i < plan_.fast.params.size(); ++i) {
       const Param& p = plan_.fast.params[i];
-      export_param(p, theta + p.offset, static_cast<T*>(args_.adapted[i]) + task * p.numel);
+      T* to = static_cast<T*>(args_.adapted[i]) + t * p.numel;
+      if (const int f = factored_index(static_cast<int>(i)); f >= 0) {
+        export_param(plan_.factored[f].weight, task.whole_weight(f, theta), to);
+      } else {
+        export_param(p, theta + p.offset, to);
+      }
     }
   }
 
-  void import_adapted(T* lambda, int64_t task) const {
+  void import_adapted(Task<T>& task, const T* theta, T* lambda, T* weights, int64_t t) const {
     for (size_t i = 0; i < plan_.fast.params.size(); ++i) {
       const Param& p = plan_.fast.params[i];
       if (gradients_->adapted[i] == nullptr) continue;
-      import_param(p, static_cast<const T*>(gradients_->adapted[i]) + task * p.numel,
-                   lambda + p.offset);
+      const T* from = static_cast<const T*>(gradients_->adapted[i]) + t * p.numel;
+      if (const int f = factored_index(static_cast<int>(i)); f >= 0) {
+        task.whole_weight_backward(
+            f, theta, weights, [&](T* to) { import_param(plan_.factored[f].weight, from, to); });
+      } else {
+        import_param(p, from, lambda + p.offset);
+      }
     }
   }
 
@@ -239,13 +268,19 @@ class Run {
     const auto write = [](const ParamList& list, const T* from, void* const* out) {
       for (size_t i = 0; out != nullptr && i < list.params.size(); ++i) {
         const Param& p = list.params[i];
-        if (p.layout != Layout::kNone) export_param(p, from + p.offset, static_cast<T*>(out[i]));
+        const bool whole = p.layout != Layout::kNone && p.layout != Layout::kFactored;
+        if (whole) export_param(p, from + p.offset, static_cast<T*>(out[i]));
       }
     };
     write(plan_.fast, sums, gradients_->fast);
     write(plan_.shared, sums + plan_.fast.size, gradients_->shared);
+    const T* weights = sums + plan_.fast.size + plan_.shared.size;
+    for (const Factored& f : plan_.factored) {
+      if (gradients_->fast == nullptr) break;
+      export_param(f.weight, weights + f.weight.offset, static_cast<T*>(gradients_->fast[f.param]));
+    }
     if (!wants_.rates) return;
-    const T* from = sums + plan_.fast.size + plan_.shared.size;
+    const T* from = weights + plan_.factored_size;
     T* to = static_cast<T*>(gradients_->rates);
     for (int64_t r = 0; r < args_.rate_rows; ++r) {
       if (rate_width_ == args_.rate_cols) {

@@ -17,16 +17,24 @@ enum class Layout {
   kMatrix,  // [groups] of Matrix [taps * channels of a group][padded outputs of a group], in panels
   kVector,  // [channels], padded
   kImage,   // [pixels][padded channels]
+  kFactored,  // of a weight in factored form: [supports][padded outputs] (factored.h)
 };
 
 // A parameter in torch's layout and in the engine's.
 struct Param {
   Layout layout = Layout::kNone;
   int64_t outputs = 0, inputs = 0, taps = 1, groups = 1;  // kMatrix: of a group
-  int64_t channels = 0, pixels = 1;                       // kVector, kImage
+  int64_t channels = 0, pixels = 1;                       // kVector, kImage; kFactored: supports
   int64_t offset = 0, size = 0;                           // in the engine's buffer
   int64_t torch_offset = 0, numel = 0;  // among the parameters of its list, flattened
   int uses = 0;
+};
+
+// A layer in factored form: its value, its weight's place in the lists and among whole weights.
+struct Factored {
+  int value;
+  int param;
+  Param weight;  // as kMatrix, its offset in a buffer of all factored layers' weights
 };
 
 // One of the two lists of parameters.
@@ -62,6 +70,7 @@ class Plan {
     if (program.loss.weight) use(program.loss.weight, vector(shapes.back().channels));
     lay_out(fast);
     lay_out(shared);
+    factor(args);
     live.assign(shapes.size(), false);
     live.back() = true;
     last_use.assign(shapes.size(), 0);
@@ -89,8 +98,47 @@ class Plan {
   std::vector<bool> live;       // the prediction depends on the value
   std::vector<int> last_use;    // number of the last live node that reads the value, 0 if none
   ParamList fast, shared;
+  std::vector<Factored> factored;
+  int64_t factored_size = 0;  // numbers of their whole weights
+
+  // The factored layer that makes value v, or nullptr.
+  const Factored* factored_at(int v) const {
+    for (const Factored& f : factored) {
+      if (f.value == v) return &f;
+    }
+    return nullptr;
+  }
 
  private:
+  // Chooses the linear layers to keep factored: by multiply-adds, a number that goes through memory
+  // counting as kMemory of them, for all steps and the queries.
+  void factor(const Adapt& args) {
+    constexpr int64_t kMemory = 8;
+    const bool a_rate_each = args.rate_cols != 1 && args.rate_cols != args.num_fast;
+    if (a_rate_each || args.steps == 0) return;
+    const int64_t s = args.supports, q = args.queries, k = args.steps;
+    for (size_t i = 0; i < nodes.size(); ++i) {
+      const Node& n = nodes[i];
+      if (n.kind != Kind::kLinear || !is_static[n.input] || !n.w.adapted) continue;
+      Param& w = fast.params[n.w.index];
+      // Padding of values other than the input may hold anything, which a Gram matrix would see.
+      const bool clean = n.in.ld == n.in.channels || (n.input == 0 && n.in.ld % kWidth<T> == 0);
+      if (w.uses > 1 || !clean || s > n.in.channels) continue;
+      const int64_t out = padded<T>(n.out.channels), weights = n.in.channels * out;
+      const int64_t dense = k * (5 * s * weights + 8 * kMemory * weights);
+      const int64_t factored_cost = 2 * s * weights + (s + q) * s * n.in.channels +
+                                    k * (4 * s * s * out + 8 * kMemory * s * out) + 2 * q * s * out;
+      if (factored_cost >= dense) continue;
+      Factored f{static_cast<int>(i) + 1, n.w.index, w};
+      f.weight.offset = factored_size;
+      factored_size += ceil_div(w.size, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
+      factored.push_back(f);
+      w.layout = Layout::kFactored;
+      w.channels = s;
+    }
+    if (!factored.empty()) lay_out(fast);
+  }
+
   ParamList& list(const ParamRef& ref) { return ref.adapted ? fast : shared; }
 
   static Param vector(int64_t channels) {
@@ -139,6 +187,7 @@ class Plan {
   }
 
   static void lay_out(ParamList& list) {
+    list.size = list.numel = 0;
     for (Param& p : list.params) {
       switch (p.layout) {
         case Layout::kMatrix:
@@ -149,6 +198,9 @@ class Plan {
         case Layout::kImage:
           p.numel = p.channels * p.pixels;
           p.size = p.pixels * padded<T>(p.channels);
+          break;
+        case Layout::kFactored:
+          p.size = p.channels * padded<T>(p.outputs);
           break;
         case Layout::kNone:
           break;
@@ -203,6 +255,10 @@ void for_each_run(const Param& p, F f) {
     f(engine, compact, count);
     compact += count;
   };
+  if (p.layout == Layout::kFactored) {
+    for (int64_t i = 0; i < p.channels; ++i) run(i * padded<T>(p.outputs), p.outputs);
+    return;
+  }
   if (p.layout != Layout::kMatrix) {
     for (int64_t i = 0; i < p.pixels; ++i) run(i * padded<T>(p.channels), p.channels);
     return;

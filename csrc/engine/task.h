@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/scratch.h"
+#include "engine/factored.h"
 #include "engine/layers/layers.h"
 #include "engine/layers/losses.h"
 #include "engine/layers/product.h"
@@ -75,6 +76,23 @@ class Buffers {
                                                        : layers::scratch_bytes<T>(n, rows)));
       }
     }
+    for (const Factored& f : plan.factored) {
+      const Node& n = plan.nodes[f.value - 1];
+      const int64_t s = args.supports, q = args.queries;
+      FactoredBuffers<T> b;
+      b.gram_ld = padded<T>(s);
+      b.gram = take(s * b.gram_ld);
+      b.query_gram = take(q * b.gram_ld);
+      b.base = take(s * n.out.ld);
+      if (wants.second_order) b.tangents = take(s * n.out.ld);
+      const bool x = wants.second_order && support_wanted[n.input];
+      if (x) b.gram_gradient = take(s * b.gram_ld);
+      if (x || (wants.backward && query_wanted[n.input]))
+        b.query_gram_gradient = take(q * b.gram_ld);
+      factored.push_back(b);
+      scratch = std::max(scratch, n.out.channels * padded<T>(n.in.channels));
+      scratch = std::max(scratch, f.weight.size);  // a whole weight, on its way in or out
+    }
     this->scratch = take(scratch);
     trajectory = take(kept * parameters);
     gradient = take(parameters);
@@ -88,6 +106,7 @@ class Buffers {
 
   Pass support, query;
   std::vector<bool> support_wanted, query_wanted;
+  std::vector<FactoredBuffers<T>> factored;
   int64_t scratch = -1, trajectory = -1;
   // In the engine's layout of the adapted parameters: gradient of the support loss, dL_Q / dtheta,
   // rate * cotangent, its product with the Hessian (and the mixed one with the shared parameters).
@@ -111,15 +130,21 @@ struct Common {
   const Plan<T>& plan;
   const Wants& wants;
   const Buffers<T>& buffers;
-  const T* theta;   // theta_0
-  const T* shared;  // shared parameters
-  const T* rates;   // [rate_rows, 1 or num_fast or fast.size]
+  const T* theta;    // theta_0
+  const T* weights;  // W_0 of the factored layers
+  const T* shared;   // shared parameters
+  const T* rates;    // [rate_rows, 1 or num_fast or fast.size]
 };
 
 template <class T>
 class Task {
  public:
-  Task(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {}
+  Task(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {
+    for (size_t i = 0; i < c_.plan.factored.size(); ++i) {
+      const Node& n = c_.plan.nodes[c_.plan.factored[i].value - 1];
+      factored_.emplace_back(n, c_.args, b_.factored[i], memory);
+    }
+  }
 
   // Reads the task's inputs and runs what no step changes.
   void begin(int64_t task) {
@@ -139,6 +164,15 @@ class Task {
     for (int v = 1; v < values(); ++v) {
       if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(call(v, false, c_.theta));
     }
+    // Whatever a factored layer reads in the queries is static as well.
+    pass_ = -1;
+    for (int v = 1; !factored_.empty() && a.queries > 0 && v < values(); ++v) {
+      if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(call(v, true, c_.theta));
+    }
+    for (size_t i = 0; i < factored_.size(); ++i) {
+      const int u = c_.plan.nodes[c_.plan.factored[i].value - 1].input;
+      factored_[i].begin(at(b_.support.y[u]), at(b_.query.y[u]), weight(i));
+    }
     if (c_.wants.second_order) {
       for (int v = 0; v < values(); ++v) {
         if (c_.plan.is_static[v] && b_.support.gy[v] >= 0) clear(b_.support.gy[v], v);
@@ -156,7 +190,12 @@ class Task {
       LayerCall<T> x = call(v, false, theta);
       set_inputs(x, v, b_.support, false);
       set_parameters(x, v, gradient(), nullptr, false);
-      run_backward(x);
+      if (const int f = factored_index(v); f >= 0) {
+        factored_[f].gradient(x.gy, x.gw);
+        add_bias_gradient(x.node, x.rows, x.gy, x.gb);
+      } else {
+        run_backward(x);
+      }
     }
   }
 
@@ -175,7 +214,13 @@ class Task {
   void query_forward(const T* theta) {
     pass_ = -1;
     for (int v = 1; v < values(); ++v) {
-      if (c_.plan.live[v]) run_forward(call(v, true, theta));
+      if (!c_.plan.live[v] || (!factored_.empty() && c_.plan.is_static[v])) continue;
+      const LayerCall<T> x = call(v, true, theta);
+      if (const int f = factored_index(v); f >= 0) {
+        factored_[f].query_forward(weight(f), x.w, x.b, x.y);
+      } else {
+        run_forward(x);
+      }
     }
   }
 
@@ -200,15 +245,22 @@ class Task {
     return static_cast<T>(loss);
   }
 
-  // From the prediction's cotangent: adds to cotangent() and, where given, to the shared
+  // From the prediction's cotangent: adds to the gradients of the factored layers' W_0, to cotangent() and, where given, to the shared
   // parameters' gradients.
-  void query_backward(const T* theta, T* shared_gradient) {
+  void query_backward(const T* theta, T* weight_gradient, T* shared_gradient) {
     for (int v = values() - 1; v > 0; --v) {
       if (b_.query.gy[v] < 0) continue;
       LayerCall<T> x = call(v, true, theta);
       set_inputs(x, v, b_.query, false);
       set_parameters(x, v, cotangent(), shared_gradient, false);
-      run_backward(x);
+      if (const int f = factored_index(v); f >= 0) {
+        factored_[f].query_backward(weight(f), x.w, x.gy, x.gw,
+                                    weight_gradient + c_.plan.factored[f].weight.offset, x.gx,
+                                    x.add_gx, at(b_.scratch));
+        add_bias_gradient(x.node, x.rows, x.gy, x.gb);
+      } else {
+        run_backward(x);
+      }
     }
   }
 
@@ -227,7 +279,12 @@ class Task {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
       LayerCall<T> x = call(v, false, theta);
       set_tangents(&x, v);
-      run_dual_forward(x);
+      if (const int f = factored_index(v); f >= 0) {
+        factored_[f].forward(x.w, x.b, x.y);
+        factored_[f].tangent(x.dw, x.db, x.dy);
+      } else {
+        run_dual_forward(x);
+      }
     }
     support_loss(true);
     T* hv = at(b_.product);
@@ -242,7 +299,14 @@ class Task {
       set_inputs(x, v, b_.support, true);
       set_parameters(x, v, rate_gradient != nullptr ? gradient() : nullptr, nullptr, false);
       set_parameters(x, v, hv, mixed, true);
-      run_dual_backward(x);
+      if (const int f = factored_index(v); f >= 0) {
+        if (x.gw != nullptr) factored_[f].gradient(x.gy, x.gw);
+        factored_[f].product(x.dgy, x.w, x.dgw);
+        add_bias_gradient(x.node, x.rows, x.gy, x.gb);
+        add_bias_gradient(x.node, x.rows, x.dgy, x.dgb);
+      } else {
+        run_dual_backward(x);
+      }
     }
     if (rate_gradient != nullptr) add_rate_gradient(step, rate_gradient);
     for (int64_t i = 0; i < c_.plan.fast.size; ++i) lambda[i] -= hv[i];
@@ -273,13 +337,19 @@ class Task {
   }
 
   // After the sweep: from the cotangents that static values have gathered, back to the inputs.
-  void finish(T* shared_gradient) {
+  void finish(bool with_queries, T* weight_gradient, T* shared_gradient) {
     if (!c_.wants.second_order) return;
     for (int v = 0; v < values(); ++v) {
       if (!c_.plan.is_static[v] || b_.support.gy[v] < 0) continue;
       T* g = at(b_.support.gy[v]);
       const int64_t size = c_.args.supports * c_.plan.shapes[v].row();
       for (int64_t i = 0; i < size; ++i) g[i] = -g[i];
+    }
+    for (size_t f = 0; f < factored_.size(); ++f) {
+      const int u = c_.plan.nodes[c_.plan.factored[f].value - 1].input;
+      factored_[f].finish(weight(f), with_queries,
+                          weight_gradient + c_.plan.factored[f].weight.offset,
+                          b_.support.gy[u] >= 0 ? at(b_.support.gy[u]) : nullptr, at(b_.scratch));
     }
     pass_ = 0;
     for (int v = values() - 1; v > 0; --v) {
@@ -314,6 +384,28 @@ class Task {
     write(from_queries ? b_.query.gy[0] : -1, a.queries, query_x);
   }
 
+  // The whole weight of a factored layer from its state, as a Matrix in scratch memory.
+  const T* whole_weight(int f, const T* theta) {
+    factored_[f].weights(weight(f), theta + state_offset(f), at(b_.scratch));
+    return at(b_.scratch);
+  }
+
+  // From the cotangent of a factored layer's whole weight, import(scratch) writes it there.
+  template <class F>
+  void whole_weight_backward(int f, const T* theta, T* weight_gradient, F import) {
+    import(at(b_.scratch));
+    const int u = c_.plan.nodes[c_.plan.factored[f].value - 1].input;
+    const bool x = c_.wants.second_order && b_.support.gy[u] >= 0;
+    // What static values gather is subtracted in the end.
+    T* gx = x ? at(b_.support.gy[u]) : nullptr;
+    const int64_t size = c_.args.supports * c_.plan.shapes[u].row();
+    for (int64_t i = 0; x && i < size; ++i) gx[i] = -gx[i];
+    factored_[f].weights_backward(theta + state_offset(f), at(b_.scratch),
+                                  cotangent() + state_offset(f),
+                                  weight_gradient + c_.plan.factored[f].weight.offset, gx);
+    for (int64_t i = 0; x && i < size; ++i) gx[i] = -gx[i];
+  }
+
   T* gradient() const { return at(b_.gradient); }
   T* cotangent() const { return at(b_.cotangent); }
   T* trajectory() const { return at(b_.trajectory); }
@@ -325,6 +417,20 @@ class Task {
 
  private:
   using Pass = typename Buffers<T>::Pass;
+
+  int factored_index(int v) const {
+    for (size_t i = 0; i < c_.plan.factored.size(); ++i) {
+      if (c_.plan.factored[i].value == v) return static_cast<int>(i);
+    }
+    return -1;
+  }
+  const T* weight(size_t f) const { return c_.weights + c_.plan.factored[f].weight.offset; }
+  int64_t state_offset(size_t f) const {
+    return c_.plan.fast.params[c_.plan.factored[f].param].offset;
+  }
+  static void add_bias_gradient(const Node* n, int64_t rows, const T* gy, T* gb) {
+    if (gb != nullptr) product::add_column_sums(rows, gy, n->out.ld, n->out.ld, gb);
+  }
 
   int values() const { return static_cast<int>(c_.plan.shapes.size()); }
   T* at(int64_t place) const { return memory_ + place; }
@@ -373,7 +479,13 @@ class Task {
   void support_forward(int64_t step, const T* theta) {
     pass_ = step;
     for (int v = 1; v < values(); ++v) {
-      if (c_.plan.live[v] && !c_.plan.is_static[v]) run_forward(call(v, false, theta));
+      if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
+      const LayerCall<T> x = call(v, false, theta);
+      if (const int f = factored_index(v); f >= 0) {
+        factored_[f].forward(x.w, x.b, x.y);
+      } else {
+        run_forward(x);
+      }
     }
   }
 
@@ -477,6 +589,7 @@ class Task {
   const Common<T>& c_;
   const Buffers<T>& b_;
   T* memory_;
+  std::vector<FactoredLayer<T>> factored_;
   int64_t task_ = 0, pass_ = 0;
 };
 

@@ -15,7 +15,7 @@
 namespace fastmeta::engine::FASTMETA_ISA::product {
 
 // Rows from which a transposed copy of the weights pays.
-constexpr int64_t kManyRows = 24;
+constexpr int64_t kManyRows = 8;
 constexpr int64_t kBlockBytes = 128 << 10;
 
 template <class T>
