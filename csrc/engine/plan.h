@@ -110,10 +110,10 @@ class Plan {
   }
 
  private:
-  // Chooses the linear layers to keep factored: by multiply-adds, a number that goes through memory
-  // counting as kMemory of them, for all steps and the queries.
+  // Chooses the linear layers to keep factored: by multiply-adds of all steps and the queries, a
+  // weight that goes through memory counting as kMemory of them.
   void factor(const Adapt& args) {
-    constexpr int64_t kMemory = 8;
+    constexpr int64_t kMemory = 16;
     const bool a_rate_each = args.rate_cols != 1 && args.rate_cols != args.num_fast;
     if (a_rate_each || args.steps == 0) return;
     const int64_t s = args.supports, q = args.queries, k = args.steps;
@@ -125,9 +125,9 @@ class Plan {
       const bool clean = n.in.ld == n.in.channels || (n.input == 0 && n.in.ld % kWidth<T> == 0);
       if (w.uses > 1 || !clean || s > n.in.channels) continue;
       const int64_t out = padded<T>(n.out.channels), weights = n.in.channels * out;
-      const int64_t dense = k * (5 * s * weights + 8 * kMemory * weights);
-      const int64_t factored_cost = 2 * s * weights + (s + q) * s * n.in.channels +
-                                    k * (4 * s * s * out + 8 * kMemory * s * out) + 2 * q * s * out;
+      const int64_t dense = k * (7 * s + kMemory) * weights;
+      const int64_t factored_cost = 4 * s * weights + 3 * (s + q) * s * n.in.channels +
+                                    k * (5 * s + kMemory) * s * out + 2 * q * s * out;
       if (factored_cost >= dense) continue;
       Factored f{static_cast<int>(i) + 1, n.w.index, w};
       f.weight.offset = factored_size;
@@ -312,6 +312,17 @@ void export_param(const Param& p, const T* engine, T* torch) {
 template <class T>
 void import_rows(const Shape& s, int64_t rows, const T* torch, T* engine) {
   const int64_t pixels = s.pixels();
+  if (s.channels == 1 && s.ld == 1) {
+    std::copy_n(torch, rows * pixels, engine);
+    return;
+  }
+  if (pixels == 1) {
+    for (int64_t n = 0; n < rows; ++n) {
+      std::copy_n(torch + n * s.channels, s.channels, engine + n * s.ld);
+      std::fill_n(engine + n * s.ld + s.channels, s.ld - s.channels, T(0));
+    }
+    return;
+  }
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t i = 0; i < pixels; ++i) {
       T* to = engine + (n * pixels + i) * s.ld;
@@ -324,6 +335,12 @@ void import_rows(const Shape& s, int64_t rows, const T* torch, T* engine) {
 template <class T>
 void export_rows(const Shape& s, int64_t rows, const T* engine, T* torch) {
   const int64_t pixels = s.pixels();
+  if (pixels == 1) {
+    for (int64_t n = 0; n < rows; ++n) {
+      std::copy_n(engine + n * s.ld, s.channels, torch + n * s.channels);
+    }
+    return;
+  }
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t i = 0; i < pixels; ++i) {
       const T* from = engine + (n * pixels + i) * s.ld;

@@ -245,8 +245,8 @@ class Task {
     return static_cast<T>(loss);
   }
 
-  // From the prediction's cotangent: adds to the gradients of the factored layers' W_0, to cotangent() and, where given, to the shared
-  // parameters' gradients.
+  // From the prediction's cotangent: adds to the gradients of the factored layers' W_0, to
+  // cotangent() and, where given, to the shared parameters' gradients.
   void query_backward(const T* theta, T* weight_gradient, T* shared_gradient) {
     for (int v = values() - 1; v > 0; --v) {
       if (b_.query.gy[v] < 0) continue;
