@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastmeta._inner_loop import Queries, TaskRunner, Weights
+from fastmeta._inner_losses import named_loss
 from fastmeta._lent_model import BATCH_NORM, find_slots
 from fastmeta.errors import check_choice, describe, fail
 
@@ -222,7 +223,7 @@ class AdaptedTasks:
         _fit(model, parameters, content["shared"])
         options = ("batch_norm", "strategy", "task_chunk", "randomness")
         # The loss is the business of adaptation, which is over.
-        runner = TaskRunner("mse", **{key: content[key] for key in options})
+        runner = TaskRunner(named_loss("mse"), **{key: content[key] for key in options})
         return cls(model, runner, parameters)
 
 

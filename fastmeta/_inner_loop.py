@@ -1,4 +1,6 @@
-"""The inner loop of MAML over T tasks: one step, two strategies, and the choice between them.
+"""The inner loop of MAML over T tasks: three strategies, and the choice between them.
+
+Under ``"engine"`` all of it is one call of an op, for modules that have a program (`_engine`).
 
 Under ``"vmap"`` only the forward pass is vectorised: ``torch.func.vmap`` maps the loss over the
 tasks, each with its own weights, and the gradient of the sum of their losses, taken outside of it,
@@ -19,7 +21,15 @@ from torch import Tensor, nn
 
 from fastmeta._checkpointed_steps import Adaptation
 from fastmeta._descent import Rates
-from fastmeta._inner_losses import Loss, Supports, task_loss
+from fastmeta._engine import Engine, NoProgram, Prepared, has_kernel
+from fastmeta._inner_losses import (
+    Loss,
+    NamedLoss,
+    Supports,
+    check_prediction,
+    query_losses,
+    task_loss,
+)
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
 from fastmeta._recompute import reads_more, recompute, rng_restore, rng_state
 from fastmeta.errors import fail
@@ -27,7 +37,7 @@ from fastmeta.errors import fail
 __all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
 
 #: The choices of ``strategy``.
-STRATEGIES = ("auto", "vmap", "loop")
+STRATEGIES = ("auto", "engine", "vmap", "loop")
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -70,6 +80,10 @@ class Weights:
         """``theta`` for the parameters ``names`` of ``model``."""
         return cls(model, find_slots(model), list(names), list(theta))
 
+    def values(self) -> dict[str, Tensor]:
+        """The tensors that stand for parameters of the model."""
+        return self.others | dict(zip(self.names, self.theta, strict=True))
+
 
 class TaskRunner:
     """Adapts and evaluates tasks by one strategy, and remembers which it took and why."""
@@ -88,6 +102,8 @@ class TaskRunner:
         self.strategy = strategy
         self.task_chunk = task_chunk
         self.randomness = randomness
+        self.engine = Engine(loss, batch_norm, randomness)
+        self.passed: str | None = None
         self.proven = False
         self.refused: str | None = None
         self.last: tuple[str, str] | None = None
@@ -148,15 +164,101 @@ class TaskRunner:
                 rng_restore(state, like.device)
             yield start, min(start + size, tasks)
 
-    def outlook(self) -> tuple[str, str]:
+    def outlook(self, device: torch.device) -> tuple[str, str]:
         """The strategy of the last run, or the one that the first will try, and why."""
         if self.last is not None:
             return self.last
         if self.strategy == "auto":
-            return "vmap", "it will be tried first"
+            first = isinstance(self.loss, NamedLoss) and has_kernel(device)
+            return "engine" if first else "vmap", "it will be tried first"
         return self.strategy, f"strategy={self.strategy!r} was asked for"
 
+    def meta_loss(
+        self,
+        weights: Weights,
+        rates: Rates,
+        supports: Supports,
+        queries: Supports,
+        steps: int,
+        first_order: bool,
+    ) -> Tensor:
+        """Mean over the tasks of the loss for their queries, after adaptation."""
+        padded = queries.known is not False and queries.padded()
+        ready = self._ready(weights, supports, queries.x, padded)
+        if ready is not None:
+            assert isinstance(self.loss, NamedLoss)
+            shape = torch.Size((queries.x.shape[1], *ready.program.output))
+            check_prediction(self.loss, shape, queries.y.shape[1:], queries)
+            return self.engine.loss(
+                ready,
+                weights.model,
+                weights.values(),
+                rates,
+                supports,
+                queries,
+                steps,
+                first_order,
+            )
+        mask = None
+        if padded:
+            tasks = range(queries.x.shape[0])
+            mask = torch.stack([queries.valid(task) for task in tasks])
+        rows = Queries(queries.x, mask, padded)
+        out = self.forward(weights, rates, supports, rows, steps, first_order)
+        return query_losses(self.loss, out, queries).mean()
+
+    def _ready(
+        self, weights: Weights, supports: Supports, query_x: Tensor | None, masked: bool
+    ) -> Prepared | None:
+        """What the engine runs, or None where another strategy is to; then `passed` says why."""
+        if self.strategy not in ("auto", "engine"):
+            return None
+        device = supports.x.device
+        compiled = has_kernel(device)
+        try:
+            if self.strategy == "auto" and not compiled:
+                raise NoProgram(f"it is not compiled for {device.type}")
+            ready = self.engine.prepare(weights.model, weights.names, supports, query_x, masked)
+        except NoProgram as reason:
+            if self.strategy == "engine":
+                fail(ValueError, "MAML", "strategy", f"another here, because {reason}", "'engine'")
+            self.passed = str(reason)
+            return None
+        on = "" if compiled else f", on the reference, for it is not compiled for {device.type}"
+        self.last = ("engine", f"the model is a program ({ready.summary()}){on}")
+        return ready
+
+    def _engine(self, job: _Job, ready: Prepared) -> Any:
+        """The job by the engine."""
+        weights, supports, queries = job.weights, job.supports, job.queries
+        assert supports is not None
+        assert job.rates is not None
+        prediction, adapted = self.engine.run(
+            ready,
+            weights.model,
+            weights.values(),
+            job.rates,
+            supports,
+            None if queries is None else queries.x,
+            job.steps,
+            not job.second_order,
+        )
+        if queries is not None:
+            return prediction if queries.mask is None else _hide(prediction, queries.mask)
+        found, tasks = dict(zip(ready.fast, adapted, strict=True)), supports.x.shape[0]
+        # What the program does not use stays as it is.
+        return [
+            found[name] if name in found else theta.expand(tasks, *theta.shape)
+            for name, theta in zip(weights.names, weights.theta, strict=True)
+        ]
+
     def _run(self, job: _Job) -> Any:
+        if job.supports is not None:
+            masked = job.queries is not None and job.queries.padded()
+            query_x = None if job.queries is None else job.queries.x
+            ready = self._ready(job.weights, job.supports, query_x, masked)
+            if ready is not None:
+                return self._engine(job, ready)
         if self.strategy == "loop":
             return self._loop(job, "strategy='loop' was asked for")
         if self.refused is not None:
@@ -177,7 +279,9 @@ class TaskRunner:
         like = job.like
         state = None if self.proven else rng_state(like.device)
         try:
-            result = self._vmap(job, "torch.func.vmap can map the model over the tasks")
+            passed = f"; not the engine: {self.passed}" if self.passed else ""
+            reason = f"torch.func.vmap can map the model over the tasks{passed}"
+            result = self._vmap(job, reason)
             self.proven = True
             return result
         except torch.OutOfMemoryError:
@@ -211,14 +315,16 @@ class TaskRunner:
             replaced = next(lent.replaced_buffers(), None)
             if replaced is not None:
                 raise RuntimeError(f"the forward pass replaces the buffer {replaced!r}")
-        self.last = ("vmap", reason)
+        if job.supports is not None:
+            self.last = ("vmap", reason)
         return result
 
     def _loop(self, job: _Job, reason: str) -> Any:
         with job.lend() as lent:
             lent.place(job.weights.others)
             result = job.one_by_one(lent)
-        self.last = ("loop", reason)
+        if job.supports is not None:
+            self.last = ("loop", reason)
         return result
 
 

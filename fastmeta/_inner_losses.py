@@ -8,17 +8,103 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta._lent_model import PaddingMixes
 from fastmeta.errors import IGNORE_INDEX, describe, fail, is_tracing
 
-__all__ = ["LOSSES", "Loss", "Supports", "check_supports", "task_loss"]
-
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "NamedLoss",
+    "Supports",
+    "check_prediction",
+    "check_supports",
+    "named_loss",
+    "query_losses",
+    "task_loss",
+]
 
 #: The losses that are known by name.
-LOSSES = ("cross_entropy", "mse")
+LOSSES = ("cross_entropy", "mse", "huber", "bce")
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss whose formula is known: a mean over what counts.
+
+    Attributes:
+        kind: One of `LOSSES`.
+        smoothing: Of the labels, for cross-entropy.
+        ignore: The label that does not count, for cross-entropy.
+        delta: Where Huber's loss goes from square to line.
+        source: The module of torch that it came as, which holds the class weights.
+    """
+
+    kind: str
+    smoothing: float = 0.0
+    ignore: int = IGNORE_INDEX
+    delta: float = 1.0
+    source: nn.Module | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Weights of the classes, for cross-entropy."""
+        return getattr(self.source, "weight", None)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether targets are class labels; else they are numbers of the prediction's shape."""
+        return self.kind == "cross_entropy"
+
+    def __call__(self, prediction: Tensor, target: Tensor, *, padded: bool = True) -> Tensor:
+        """The loss of one task. Where nothing counts it is 0, and the mean would be NaN."""
+        if self.kind == "mse":
+            return F.mse_loss(prediction, target)
+        if self.kind == "huber":
+            return F.huber_loss(prediction, target, delta=self.delta)
+        if self.kind == "bce":
+            return F.binary_cross_entropy_with_logits(prediction, target)
+        if not padded and self.weight is None:
+            return F.cross_entropy(prediction, target, label_smoothing=self.smoothing)
+        valid = target != IGNORE_INDEX
+        if self.weight is not None:
+            return self._weighted(prediction, target, valid, self.weight)
+        total = F.cross_entropy(prediction, target, reduction="sum", label_smoothing=self.smoothing)
+        return total / valid.sum().clamp(min=1)
+
+    def _weighted(
+        self, prediction: Tensor, target: Tensor, valid: Tensor, weight: Tensor
+    ) -> Tensor:
+        """By hand: torch's cannot be mapped by vmap with class weights and smoothing."""
+        logs = F.log_softmax(prediction, 1)
+        total = F.nll_loss(logs, target, weight, reduction="sum")
+        if self.smoothing:
+            spread = -logs.movedim(1, -1) @ weight / weight.shape[0]
+            spread = torch.where(valid, spread, 0).sum()
+            total = (1 - self.smoothing) * total + self.smoothing * spread
+        mass = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
+        return total / torch.where(mass == 0, 1, mass)
+
+
+Loss = NamedLoss | Callable[[Tensor, Tensor], Tensor]
+
+
+def named_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """The loss as one that is known, if it is: by name or as a module of torch, with its mean."""
+    if isinstance(loss, str):
+        return NamedLoss(loss)
+    if getattr(loss, "reduction", None) != "mean":
+        return loss
+    if type(loss) is nn.CrossEntropyLoss:
+        return NamedLoss("cross_entropy", loss.label_smoothing, loss.ignore_index, source=loss)
+    if type(loss) is nn.MSELoss:
+        return NamedLoss("mse", source=loss)
+    if type(loss) is nn.HuberLoss:
+        return NamedLoss("huber", delta=loss.delta, source=loss)
+    if type(loss) is nn.BCEWithLogitsLoss and loss.weight is None and loss.pos_weight is None:
+        return NamedLoss("bce", source=loss)
+    return loss
 
 
 @dataclass
@@ -30,12 +116,14 @@ class Supports:
         y: Tensor[T, S, ...].
         top: Largest label, or None where labels were not looked at.
         known: Whether rows of padding are among them; None until someone asks.
+        role: ``"support"`` or ``"query"``: what messages call them.
     """
 
     x: Tensor
     y: Tensor
     top: int | None = None
     known: bool | None = field(default=None)
+    role: str = "support"
 
     def padded(self) -> bool:
         """Whether any row is padding. Looks at the labels once, and only where it matters."""
@@ -47,75 +135,87 @@ class Supports:
         """The supports of one task, without rows of padding."""
         x, y = self.x[task], self.y[task]
         if self.padded():
-            valid = (y != IGNORE_INDEX).flatten(1).any(1) if y.dim() > 1 else y != IGNORE_INDEX
+            valid = self.valid(task)
             x, y = x[valid], y[valid]
         return x, y
 
+    def valid(self, task: int) -> Tensor:
+        """Which rows of one task are no padding, bool Tensor[S]."""
+        own = self.y[task] != IGNORE_INDEX
+        return own.flatten(1).any(1) if own.dim() > 1 else own
+
     def part(self, start: int, stop: int) -> Supports:
         """The supports of the tasks [start, stop)."""
-        return Supports(self.x[start:stop], self.y[start:stop], self.top, self.known)
+        return Supports(self.x[start:stop], self.y[start:stop], self.top, self.known, self.role)
 
 
-def check_supports(function: str, support_x: Any, support_y: Any, loss: Loss) -> Supports:
-    """Check the supports against each other and against ``loss``."""
-    for argument, value in (("support_x", support_x), ("support_y", support_y)):
+def check_supports(
+    function: str, support_x: Any, support_y: Any, loss: Loss, role: str = "support"
+) -> Supports:
+    """Check supports (or, as ``role`` says, queries) against each other and against ``loss``."""
+    for argument, value in ((f"{role}_x", support_x), (f"{role}_y", support_y)):
         if not isinstance(value, Tensor):
             fail(TypeError, function, argument, "a tensor", describe(value))
+    letter = role[0].upper()
     if support_x.dim() < 2 or 0 in support_x.shape[:2]:
-        wanted = "of shape [T, S, ...] with at least one task and one support"
-        fail(ValueError, function, "support_x", wanted, f"shape {list(support_x.shape)}")
+        wanted = f"of shape [T, {letter}, ...] with at least one task and one {role}"
+        fail(ValueError, function, f"{role}_x", wanted, f"shape {list(support_x.shape)}")
     if support_y.shape[:2] != support_x.shape[:2]:
-        wanted = f"of shape {list(support_x.shape[:2])} + [...], as support_x has [T, S]"
-        fail(ValueError, function, "support_y", wanted, f"shape {list(support_y.shape)}")
+        wanted = f"of shape {list(support_x.shape[:2])} + [...], as {role}_x has [T, {letter}]"
+        fail(ValueError, function, f"{role}_y", wanted, f"shape {list(support_y.shape)}")
     if support_y.device != support_x.device:
-        wanted = f"on {support_x.device}, like support_x"
-        fail(ValueError, function, "support_y", wanted, support_y.device)
+        wanted = f"on {support_x.device}, like {role}_x"
+        fail(ValueError, function, f"{role}_y", wanted, support_y.device)
     integral = not (support_y.is_floating_point() or support_y.is_complex())
-    if loss == "cross_entropy" and (not integral or support_y.dtype == torch.bool):
-        wanted = "an integer tensor of class labels for loss='cross_entropy'"
-        fail(TypeError, function, "support_y", wanted, describe(support_y))
-    if loss == "mse" and not support_y.is_floating_point():
-        wanted = "a floating tensor for loss='mse'"
-        fail(TypeError, function, "support_y", wanted, describe(support_y))
+    if isinstance(loss, NamedLoss):
+        name = f"loss={loss.kind!r}"
+        if loss.labelled and (not integral or support_y.dtype == torch.bool):
+            wanted = f"an integer tensor of class labels for {name}"
+            fail(TypeError, function, f"{role}_y", wanted, describe(support_y))
+        if not loss.labelled and not support_y.is_floating_point():
+            fail(
+                TypeError,
+                function,
+                f"{role}_y",
+                f"a floating tensor for {name}",
+                describe(support_y),
+            )
     if not integral or support_y.dtype == torch.bool:
-        return Supports(support_x, support_y, known=False)
-    if loss == "cross_entropy":
+        return Supports(support_x, support_y, known=False, role=role)
+    if isinstance(loss, NamedLoss):
         support_y = support_y.long()
+        if loss.ignore != IGNORE_INDEX:
+            support_y = torch.where(support_y == loss.ignore, IGNORE_INDEX, support_y)
+    found = Supports(support_x, support_y, role=role)
     if support_y.device.type != "cpu" or is_tracing(support_y) or support_y.numel() == 0:
-        return Supports(support_x, support_y)
-    return _look(function, support_x, support_y, loss)
+        return found
+    return _look(function, found, loss)
 
 
-def _look(function: str, support_x: Tensor, support_y: Tensor, loss: Loss) -> Supports:
-    low, top = (int(v) for v in torch.aminmax(support_y))
-    padded = low < 0 and bool((support_y == IGNORE_INDEX).any())
-    if low < 0 and loss == "cross_entropy":
-        wrong = (support_y < 0) & (support_y != IGNORE_INDEX)
+def _look(function: str, found: Supports, loss: Loss) -> Supports:
+    labels = found.y
+    low, found.top = (int(v) for v in torch.aminmax(labels))
+    found.known = low < 0 and bool((labels == IGNORE_INDEX).any())
+    if low < 0 and isinstance(loss, NamedLoss):
+        wrong = (labels < 0) & (labels != IGNORE_INDEX)
         if wrong.any():
             wanted = f"class labels from 0 on, or {IGNORE_INDEX} for padding"
-            fail(ValueError, function, "support_y", wanted, int(support_y[wrong][0]))
-    return Supports(support_x, support_y, top, padded)
+            fail(ValueError, function, f"{found.role}_y", wanted, int(labels[wrong][0]))
+    return found
 
 
 def task_loss(
     loss: Loss, supports: Supports, *, trimmed: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of one task's predictions; ``trimmed`` says that rows of padding are taken out."""
-    if loss == "cross_entropy":
-        top, padded = supports.top, supports.known is not False
+    if isinstance(loss, NamedLoss):
+        named = loss
 
-        def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-            _check_logits(prediction, target, top)
-            if not padded:
-                return F.cross_entropy(prediction, target)
-            # A task without any support has loss 0 and stays as it is, where the mean would be NaN.
-            total = F.cross_entropy(prediction, target, ignore_index=IGNORE_INDEX, reduction="sum")
-            return total / (target != IGNORE_INDEX).sum().clamp(min=1)
+        def known(prediction: Tensor, target: Tensor) -> Tensor:
+            check_prediction(named, prediction.shape, target.shape, supports)
+            return named(prediction, target, padded=supports.known is not False)
 
-        return cross_entropy
-    if loss == "mse":
-        return _mse
-    assert callable(loss)
+        return known
 
     def custom(prediction: Tensor, target: Tensor) -> Tensor:
         if not trimmed and supports.padded():
@@ -136,22 +236,36 @@ def call_loss(
     return value
 
 
-def _check_logits(prediction: Tensor, target: Tensor, top: int | None) -> None:
-    fits = prediction.dim() == target.dim() + 1 and (
-        prediction.shape[:1] + prediction.shape[2:] == target.shape
-    )
+def check_prediction(
+    loss: NamedLoss, prediction: torch.Size, target: torch.Size, rows: Supports
+) -> None:
+    """Raise unless a prediction of this shape can be held against the targets of one task."""
+    if not loss.labelled:
+        # Broadcasting [S, 1] against [S] would train on S x S pairs without a word.
+        if prediction != target:
+            wanted = f"a module that returns the shape of the targets, {list(target)} a task"
+            fail(ValueError, "MAML", "model", wanted, f"shape {list(prediction)}")
+        return
+    fits = len(prediction) == len(target) + 1 and prediction[:1] + prediction[2:] == target
     if not fits:
-        rows = ", ".join(str(n) for n in target.shape[1:])
-        wanted = f"a module that returns [{target.shape[0]}, C{', ' + rows if rows else ''}] here"
-        fail(ValueError, "MAML", "model", wanted, f"shape {list(prediction.shape)}")
-    if top is not None and top >= prediction.shape[1]:
-        wanted = f"in [0, {prediction.shape[1]}), the outputs of the model, or {IGNORE_INDEX}"
-        fail(ValueError, "MAML", "support_y", wanted, top)
+        others = ", ".join(str(n) for n in target[1:])
+        wanted = f"a module that returns [{target[0]}, C{', ' + others if others else ''}] here"
+        fail(ValueError, "MAML", "model", wanted, f"shape {list(prediction)}")
+    if rows.top is not None and rows.top >= prediction[1]:
+        wanted = f"in [0, {prediction[1]}), the outputs of the model, or {IGNORE_INDEX}"
+        fail(ValueError, "MAML", f"{rows.role}_y", wanted, rows.top)
 
 
-def _mse(prediction: Tensor, target: Tensor) -> Tensor:
-    # Broadcasting [S, 1] against [S] would train on S x S pairs without a word.
-    if prediction.shape != target.shape:
-        wanted = f"a module that returns the shape of the targets, {list(target.shape)} a task"
-        fail(ValueError, "MAML", "model", wanted, f"shape {list(prediction.shape)}")
-    return F.mse_loss(prediction, target)
+def query_losses(loss: Loss, prediction: Tensor, queries: Supports) -> Tensor:
+    """The loss of each task's predictions, Tensor[T]; rows of padding count for nothing."""
+    if isinstance(loss, NamedLoss):
+        check_prediction(loss, prediction.shape[1:], queries.y.shape[1:], queries)
+        return torch.func.vmap(loss)(prediction, queries.y)
+    losses = []
+    for task in range(prediction.shape[0]):
+        kept = prediction[task], queries.y[task]
+        if queries.padded():
+            valid = queries.valid(task)
+            kept = kept[0][valid], kept[1][valid]
+        losses.append(call_loss(loss, *kept))
+    return torch.stack(losses)

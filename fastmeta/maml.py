@@ -15,8 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
-from fastmeta._inner_losses import LOSSES, Loss, check_supports
-from fastmeta._lent_model import BATCH_NORM, Slots, find_slots
+from fastmeta._inner_losses import LOSSES, check_supports, named_loss
+from fastmeta._lent_model import BATCH_NORM, Slots
 from fastmeta.errors import check_choice, describe, fail
 
 __all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
@@ -151,7 +151,7 @@ class MAML(nn.Module):
         steps: int,
         *,
         first_order: bool = False,
-        loss: Loss = "cross_entropy",
+        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         adapt: Adapt = None,
         learn_lr: bool | str = False,
         lr_per_step: bool = False,
@@ -191,7 +191,7 @@ class MAML(nn.Module):
         self.lr_per_step = lr_per_step
         self._adapt = _selected(model, adapt)
         self._runner = TaskRunner(
-            loss,
+            named_loss(loss),
             batch_norm=batch_norm,
             strategy=strategy,
             task_chunk=task_chunk,
@@ -239,6 +239,53 @@ class MAML(nn.Module):
                 weights, self._rates(weights), supports, queries, self.steps, self.first_order
             )
 
+    def loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        """Adapt to each task's supports, and return the mean loss of their queries.
+
+        The same number as the constructor's ``loss`` of each task's predictions, averaged over the
+        tasks. With the engine it is faster and needs less memory than the call: prediction, loss
+        and all gradients come in one pass over the tasks, of which each is forgotten before the
+        next one; ``backward()`` has only to hand them out.
+
+        Args:
+            support_x: Tensor[T, S, ...], as for the call.
+            support_y: Tensor[T, S, ...], as for the call.
+            query_x: Tensor[T, Q, ...], at least one query a task.
+            query_y: Tensor[T, Q, ...], labels or targets as ``support_y``; rows labelled -100 are
+                padding, which counts for nothing.
+
+        Returns:
+            A scalar, differentiable (with the engine once) in the model's parameters, the learned
+            rates and the floating inputs.
+
+        Raises:
+            ValueError: As for the call; the queries' labels do not fit.
+            TypeError: As for the call.
+            RuntimeError: As for the call; someone differentiates the engine's gradient again.
+
+        Example:
+            >>> import torch, fastmeta as fm
+            >>> maml = fm.MAML(torch.nn.Linear(2, 1), lr=0.1, steps=3, loss="mse")
+            >>> x, y = torch.randn(4, 5, 2), torch.randn(4, 5, 1)
+            >>> maml.loss(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:]).backward()
+            >>> maml.model.weight.grad.shape
+            torch.Size([1, 2])
+        """
+        if torch.is_inference_mode_enabled():
+            with _outside_inference():
+                return self.loss(support_x, support_y, query_x, query_y)
+        support_x, support_y, query_x, query_y = _usable(support_x, support_y, query_x, query_y)
+        runner = self._runner
+        supports = check_supports("MAML.loss", support_x, support_y, runner.loss)
+        queries = check_supports("MAML.loss", query_x, query_y, runner.loss, "query")
+        check_queries("MAML.loss", query_x, None, support_x.shape[0], support_x.device)
+        weights = self._weights()
+        return runner.meta_loss(
+            weights, self._rates(weights), supports, queries, self.steps, self.first_order
+        )
+
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
         """Adapt to each task's supports.
 
@@ -285,7 +332,7 @@ class MAML(nn.Module):
             loop: strategy='loop' was asked for; 2 parameters adapt, meta-gradient of second order
         """
         names = tuple(self._weights().names)
-        strategy, reason = self._runner.outlook()
+        strategy, reason = self._runner.outlook(next(self.model.parameters()).device)
         return Plan(strategy, reason, names, not self.first_order)
 
     def extra_repr(self) -> str:
@@ -293,7 +340,7 @@ class MAML(nn.Module):
         return f"lr={self.lr}, steps={self.steps}, first_order={self.first_order}"
 
     def _weights(self) -> Weights:
-        slots = find_slots(self.model)
+        slots = self._runner.engine.structure(self.model).slots
         names = [n for n in slots if n in self._adapt and _trainable(slots, n)]
         if not names:
             wanted = "with a parameter that adapts and has requires_grad=True"

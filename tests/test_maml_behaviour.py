@@ -147,11 +147,11 @@ def test_padding_counts_for_nothing(name, strategy, queries):
     agree({n: p.grad for n, p in model.named_parameters()}, wanted)
     plan = maml.plan()
     if strategy == "auto":
-        assert plan.strategy == ("vmap" if name == "mlp" else "loop")
+        assert (plan.strategy == "loop") == (name == "conv_bn")
         if name == "conv_bn":
             assert "padded" in plan.reason
             maml(*(d[:, 2:4] for d in data[:3]))
-            assert maml.plan().strategy == "vmap"
+            assert maml.plan().strategy != "loop"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -272,7 +272,7 @@ def test_autocast(chunk, strategy):
 def test_auto_falls_back_with_a_reason_once():
     model, data = make("branches")
     maml = MAML(model, 0.1, 2)
-    assert maml.plan().strategy == "vmap"
+    assert maml.plan().reason == "it will be tried first"
     with pytest.warns(UserWarning, match="strategy 'loop'.*because vmap failed"):
         first = maml(*data[:3])
     plan = maml.plan()
@@ -317,7 +317,7 @@ def test_errors_of_the_model_surface_as_they_are(strategy):
     maml(*data[:3])
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(4x3 and 4x5\)"):
         maml(*data[:2], query)
-    assert maml.plan().strategy == ("vmap" if strategy == "auto" else "loop")
+    assert (maml.plan().strategy == "loop") == (strategy == "loop")
 
     class Own(nn.Linear):
         def forward(self, x):

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastmeta.errors import fail
 
-__all__ = ["Loss", "Node", "Program", "Shape", "parse"]
+__all__ = ["Loss", "Node", "Program", "Shape", "parse", "row_shape"]
 
 VERSION = "fm1"
 
