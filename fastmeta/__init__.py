@@ -4,8 +4,10 @@ Fused ops for the softmax attention of Matching Networks and for inner-loop upda
 to second order, and the learners built on them. ``fm.backend_info()`` tells what runs compiled.
 """
 
-from fastmeta.ops import matching_attention as matching_attention  # schemas before kernels
+from fastmeta.ops import adam_update as adam_update  # schemas before kernels
+from fastmeta.ops import matching_attention as matching_attention
 from fastmeta.ops import matching_nll as matching_nll
+from fastmeta.ops import momentum_update as momentum_update
 from fastmeta.ops import segment_mean as segment_mean
 from fastmeta.ops import sgd_update as sgd_update
 
@@ -19,4 +21,5 @@ from fastmeta.maml import MAML as MAML
 from fastmeta.maml import AdaptedTasks as AdaptedTasks
 from fastmeta.matching import MatchingNetwork as MatchingNetwork
 from fastmeta.matching import MatchingNetworks as MatchingNetworks
+from fastmeta.ops.update import AdamState as AdamState
 from fastmeta.prototypical import PrototypicalNetwork as PrototypicalNetwork

@@ -52,6 +52,10 @@ inline ScalarType acc_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline DType acc_dtype_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+}
+
 inline Tensor contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

@@ -17,7 +17,8 @@
 #error "compile with -DFASTMETA_ISA=baseline, avx2 or avx512"
 #endif
 
-#define FASTMETA_INLINE static inline __attribute__((always_inline))
+#define FASTMETA_INLINE_MEMBER inline __attribute__((always_inline))
+#define FASTMETA_INLINE static FASTMETA_INLINE_MEMBER
 #if defined(__clang__)
 #define FASTMETA_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -253,6 +254,36 @@ FASTMETA_INLINE Vec<float> load(const bfloat16* p) { return load_half(p); }
 FASTMETA_INLINE Vec<float> load(const float16* p) { return load_half(p); }
 FASTMETA_INLINE void store(bfloat16* p, Vec<float> x) { store_half(p, x); }
 FASTMETA_INLINE void store(float16* p, Vec<float> x) { store_half(p, x); }
+
+// Stores past the caches, for results too large to be read back from them: without it every line is
+// read before it is written. p is aligned to a vector; stream_fence() before other threads read.
+FASTMETA_INLINE void stream(float* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+FASTMETA_INLINE void stream(double* p, Vec<double> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(p, (__m512d)x);
+#elif defined(__AVX2__)
+  _mm256_stream_pd(p, (__m256d)x);
+#elif defined(__SSE2__)
+  _mm_stream_pd(p, (__m128d)x);
+#else
+  store(p, x);
+#endif
+}
+FASTMETA_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 template <class S>
 FASTMETA_INLINE Vec<Acc<S>> load_n(const S* p, int n) {

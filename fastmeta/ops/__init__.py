@@ -4,4 +4,6 @@ from fastmeta.ops import engine as engine
 from fastmeta.ops.matching import matching_attention as matching_attention
 from fastmeta.ops.matching import matching_nll as matching_nll
 from fastmeta.ops.segment import segment_mean as segment_mean
+from fastmeta.ops.update import adam_update as adam_update
+from fastmeta.ops.update import momentum_update as momentum_update
 from fastmeta.ops.update import sgd_update as sgd_update

@@ -1,19 +1,20 @@
-"""Op ``sgd_update``: a gradient step of all tasks' parameters. Kernels: ``csrc/update/``."""
+"""Op ``sgd_update``: a gradient step of all tasks' parameters. Kernels: ``csrc/update/``.
+
+Its siblings with a state, `momentum_update` and `adam_update`, have files of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastmeta.errors import check_float_tensor, describe, fail
-from fastmeta.ops._define import Op, acc_dtype, define_op
+from fastmeta.ops._define import Op, define_op
+from fastmeta.ops._update_inputs import Entries, Groups, Params, lead, ranks_of, unlead_rates
+from fastmeta.ops.adam import AdamState, adam_update
+from fastmeta.ops.momentum import momentum_update
 
-__all__ = ["sgd_update"]
-
-Params = TypeVar("Params", Tensor, Sequence[Tensor], Mapping[str, Tensor])
+__all__ = ["AdamState", "adam_update", "momentum_update", "sgd_update"]
 
 
 def sgd_update(params: Params, grads: Params, lr: Any) -> Params:
@@ -53,112 +54,13 @@ def sgd_update(params: Params, grads: Params, lr: Any) -> Params:
         tensor([[ 0.5000,  0.0000],
                 [-0.5000, -1.0000]])
     """
-    if isinstance(params, Tensor):
-        return sgd_update([params], [grads], [lr])[0]
-    if isinstance(params, Mapping):
-        return _update_mapping(params, grads, lr)
-    if not isinstance(params, (list, tuple)):
-        wanted = "a tensor, or a list, tuple or mapping of tensors"
-        fail(TypeError, "sgd_update", "params", wanted, describe(params))
-    names = [f"[{i}]" for i in range(len(params))]
-    rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(params)
-    for argument, values in (("grads", grads), ("lr", rates)):
-        if not isinstance(values, (list, tuple)) or len(values) != len(params):
-            wanted = f"of {len(params)} entries, like params"
-            got = (
-                f"{len(values)} entries" if isinstance(values, (list, tuple)) else describe(values)
-            )
-            fail(ValueError, "sgd_update", argument, wanted, got)
-    updated = _update_list(names, params, grads, rates)
-    return updated if isinstance(params, list) else _like_tuple(params, updated)
-
-
-def _like_tuple(params: tuple[Tensor, ...], updated: list[Tensor]) -> Any:
-    if hasattr(params, "_fields"):
-        return type(params)(*updated)
-    return tuple(updated)
-
-
-def _update_mapping(params: Mapping[str, Tensor], grads: Any, lr: Any) -> Any:
-    names = list(params)
-    for argument, values in (("grads", grads), ("lr", lr)):
-        if argument == "lr" and not isinstance(lr, Mapping):
-            continue
-        if not isinstance(values, Mapping) or set(values) != set(names):
-            got = f"keys {sorted(values)}" if isinstance(values, Mapping) else describe(values)
-            fail(
-                ValueError, "sgd_update", argument, f"a mapping with the keys {sorted(names)}", got
-            )
-    updated = _update_list(
-        [f"[{n!r}]" for n in names],
-        list(params.values()),
-        [grads[n] for n in names],
-        [lr[n] if isinstance(lr, Mapping) else lr for n in names],
-    )
-    return dict(zip(names, updated, strict=True))
-
-
-def _update_list(
-    names: list[str], params: Sequence[Tensor], grads: Sequence[Tensor | None], rates: list[Any]
-) -> list[Tensor]:
-    updated = list(params)
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    shared: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-    operands: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for i, (name, param, grad, rate) in enumerate(zip(names, params, grads, rates, strict=True)):
-        if grad is None:
-            continue
-        param, rate = _check(name, param, grad, rate, shared)
-        operands[i] = (param, grad, rate)
-        groups.setdefault((grad.dtype, grad.device), []).append(i)
-    for group in groups.values():
-        p, g, r = (list(column) for column in zip(*(operands[i] for i in group), strict=True))
-        for i, value in zip(group, _sgd(p, g, r), strict=True):
+    entries = Entries("sgd_update", params)
+    columns = entries.column("grads", grads), entries.shared_column("lr", lr)
+    updated: list[Any] = list(entries.params)
+    for group, operands in Groups(entries, *columns):
+        for i, value in zip(group, _sgd(*operands), strict=True):
             updated[i] = value
-    return updated
-
-
-def _check(
-    name: str,
-    param: Tensor,
-    grad: Tensor,
-    rate: Any,
-    shared: dict[tuple[float, torch.dtype, torch.device], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The parameter expanded to its gradient's shape, and the rate as a tensor."""
-    function = "sgd_update"
-    check_float_tensor(function, f"params{name}", param)
-    check_float_tensor(function, f"grads{name}", grad)
-    if grad.dtype != param.dtype:
-        fail(TypeError, function, f"grads{name}", f"{param.dtype}, like its parameter", grad.dtype)
-    if grad.device != param.device:
-        wanted = f"on {param.device}, like its parameter"
-        fail(ValueError, function, f"grads{name}", wanted, grad.device)
-    if param.shape != grad.shape:
-        if not _broadcasts(param.shape, grad.shape):
-            wanted = f"of a shape that {list(param.shape)} (its parameter) broadcasts to"
-            fail(ValueError, function, f"grads{name}", wanted, f"shape {list(grad.shape)}")
-        param = param.expand(grad.shape)
-    acc = acc_dtype(grad.dtype)
-    if isinstance(rate, Tensor):
-        check_float_tensor(function, f"lr{name}", rate)
-        if rate.device != grad.device:
-            fail(ValueError, function, f"lr{name}", f"on {grad.device}, like grads", rate.device)
-        if not _broadcasts(rate.shape, grad.shape):
-            wanted = f"of a shape that broadcasts to {list(grad.shape)} (its gradient)"
-            fail(ValueError, function, f"lr{name}", wanted, f"shape {list(rate.shape)}")
-        return param, rate.to(acc)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        fail(TypeError, function, f"lr{name}", "a number or a tensor", describe(rate))
-    key = (float(rate), acc, grad.device)
-    if key not in shared:
-        shared[key] = torch.full((), key[0], dtype=acc, device=grad.device)
-    return param, shared[key]
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    tail = to[len(to) - len(shape) :]
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+    return entries.rebuild(updated)  # type: ignore[no-any-return]
 
 
 def _reference(params: list[Tensor], grads: list[Tensor], lrs: list[Tensor]) -> list[Tensor]:
@@ -232,43 +134,18 @@ def _grads_backward(ctx: Any, to_grads: list[Any], to_lrs: list[Any]) -> tuple[A
     return grad_outs, grad_grads, grad_lrs, None
 
 
-def _lead(tensor: Tensor, dim: int | None, batch: int, rank: int, expand: bool) -> Tensor:
-    """The mapped dim in front of ``rank`` logical dims: [B or 1, 1, ..., *shape]."""
-    tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
-    ones = (1,) * (rank - (tensor.dim() - 1))
-    tensor = tensor.reshape(tensor.shape[0], *ones, *tensor.shape[1:])
-    return tensor.expand(batch, *tensor.shape[1:]) if expand else tensor
-
-
 def _vmap(info: Any, in_dims: Any, *columns: list[Tensor]) -> Any:
-    """An update is elementwise, so the mapped dim is one more leading dim of every operand."""
-    ranks = [t.dim() - (d is not None) for t, d in zip(columns[1], in_dims[1], strict=True)]
-    params, grads, lrs = (
-        [
-            _lead(t, d, info.batch_size, rank, expand=column < 2)
-            for t, d, rank in zip(columns[column], in_dims[column], ranks, strict=True)
-        ]
-        for column in range(3)
-    )
-    return _sgd(params, grads, lrs), [0] * len(ranks)
+    ranks = ranks_of(columns[1], in_dims[1])
+    return _sgd(*lead(info.batch_size, columns, in_dims, ranks, expand=False)), [0] * len(ranks)
 
 
 def _vmap_backward(info: Any, in_dims: Any, *columns: Any) -> Any:
     *lists, with_lr = columns
-    ranks = [t.dim() - (d is not None) for t, d in zip(lists[1], in_dims[1], strict=True)]
-    outs, grads, lrs = (
-        [
-            _lead(t, d, info.batch_size, rank, expand=True)
-            for t, d, rank in zip(lists[column], in_dims[column], ranks, strict=True)
-        ]
-        for column in range(3)
-    )
-    grad_grads, grad_lrs = _sgd_backward(outs, grads, lrs, with_lr)
+    ranks = ranks_of(lists[1], in_dims[1])
+    operands = lead(info.batch_size, lists, in_dims, ranks, expand=True)
+    grad_grads, grad_lrs = _sgd_backward(*operands, with_lr)
     if with_lr:
-        grad_lrs = [
-            g.reshape(info.batch_size, *(t.shape if d is None else t.movedim(d, 0).shape[1:]))
-            for g, t, d in zip(grad_lrs, lists[2], in_dims[2], strict=True)
-        ]
+        grad_lrs = unlead_rates(info.batch_size, grad_lrs, lists[2], in_dims[2])
     dims = [0] * len(ranks)
     return (grad_grads, grad_lrs), (dims, dims if with_lr else [None] * len(ranks))
 

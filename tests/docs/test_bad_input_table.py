@@ -69,6 +69,8 @@ def test_empty_means_and_updates(episode):
     assert fm.sgd_update([], [], 0.1) == []
     kept = torch.ones(2)
     assert fm.sgd_update([kept], [None], 0.1)[0] is kept
+    assert fm.momentum_update([kept], [None], None, 0.1)[0][0] is kept
+    assert fm.adam_update([kept], [None], None, 0.1)[0][0] is kept
 
 
 def test_nan_of_one_task_stays_in_it():

@@ -6,37 +6,9 @@ import pytest
 import torch
 from opcases import assert_same, error, isas, use_isa
 from torch.autograd import gradcheck, gradgradcheck
+from updatecases import KINDS, SHAPES, check_large, rates, tensors
 
 import fastmeta as fm
-
-SHAPES = [(3, 4, 5), (3, 7), (3,), (3, 1, 2, 3, 3), (3, 33), (3, 1000)]
-
-
-def tensors(shapes, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-
-
-def rates(kind, shapes, dtype=torch.float64):
-    """A learning rate of each granularity, as the caller gives it and as a list of tensors."""
-    generator = torch.Generator().manual_seed(9)
-
-    def rand(*shape):
-        return torch.rand(shape, generator=generator, dtype=dtype) + 0.1
-
-    made = {
-        "scalar": lambda s: rand(),
-        "one": lambda s: rand(1),
-        "per_element": lambda s: rand(*s[1:]),
-        "per_task": lambda s: rand(s[0], *(1 for _ in s[1:])),
-        "full": lambda s: rand(*s),
-        "per_row": lambda s: rand(*s[:2], *(1 for _ in s[2:])),
-        "middle": lambda s: rand(*(n if d % 2 else 1 for d, n in enumerate(s))),
-    }[kind]
-    return [made(s) for s in shapes]
-
-
-KINDS = ("scalar", "one", "per_element", "per_task", "full", "per_row", "middle")
 
 
 @pytest.mark.parametrize("isa", isas())
@@ -72,6 +44,12 @@ def test_low_precision_rounds_once(kind, dtype, isa):
         assert u.dtype == dtype
         truth = p.double() - a.double() * g.double()
         assert error(u, truth) <= torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_results_too_large_for_the_caches(isa):
+    with use_isa(isa):
+        check_large(lambda *a: [fm.sgd_update(*a)], lambda p, g, a: [p - a * g], 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,4 +33,4 @@ def test_cuda_bridge_compiles(bridge):
 
 
 def test_every_family_has_a_bridge():
-    assert [path.parent.name for path in BRIDGES] == ["matching", "segment", "update"]
+    assert {"matching", "segment", "update"} <= {path.parent.name for path in BRIDGES}
