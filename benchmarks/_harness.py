@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import _floors, _memory
+from benchmarks import _floors, _memory, _plots
 from benchmarks._peers import AbsentError
 
 Step = Callable[[], Sequence[Any]]
@@ -45,7 +45,8 @@ class Contestant:
         name: Shown in the tables.
         build: Takes a dtype name and returns the step, a function without arguments that does the
             work once and returns its outputs; raises `AbsentError` when it cannot take part.
-        kind: ``"ours"``, ``"eager"`` (plain PyTorch), ``"compiled"`` or ``"library"``.
+        kind: ``"ours"``, ``"eager"`` (plain PyTorch), ``"compiled"`` (torch.compile), ``"jax"`` or
+            ``"library"``.
         tolerance: Replaces that of the case, where the peer computes something a little different;
             ``note`` then says what.
         note: Shown beside the name.
@@ -90,6 +91,7 @@ class Result:
     absent: str = ""
     first: float = 0.0
     error: float = 0.0
+    first_checked: str | None = None  # dtype that `error` is of
     memory: float | None = None
     times: list[float] = field(default_factory=list)
 
@@ -165,7 +167,8 @@ def _prepare(
             outputs = built()
             first = time.perf_counter() - begin
             error = relative_error(outputs, truth)
-            result.error = result.error or error
+            result.error = error if result.first_checked is None else result.error
+            result.first_checked = dtype if result.first_checked is None else result.first_checked
             allowed = contestant.tolerance or tolerance
             if not error <= allowed:
                 result.absent = (
@@ -260,7 +263,7 @@ def summarise(options: argparse.Namespace, case: Case, results: list[Result]) ->
         "ahead_of_eager": eager.median / ours if eager and ours else None,
         "eager": eager.name if eager else None,
         "rows": rows,
-        "ours_wrong": any(r.kind == "ours" and r.absent for r in results),
+        "ours_wrong": any(r.kind == "ours" and r.absent.startswith("WRONG") for r in results),
         "absent": {r.name: r.absent for r in results if r.absent},
     }
 
@@ -350,49 +353,6 @@ def header(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, title: str, facts: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
-    """Each contestant's time over ours, a panel a case, on a logarithmic axis."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    summaries = [s for s in summaries if s["ahead_of_best"]]
-    if not summaries:
-        return
-    colours = {"ours": "#1b6ca8", "eager": "#9aa5b1", "compiled": "#d98e04", "library": "#7a5195"}
-    columns = min(3, len(summaries))
-    rows = -(-len(summaries) // columns)
-    most = max(len(s["rows"]) for s in summaries)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, rows * (0.28 * most + 1.1)), squeeze=False
-    )
-    for axis in axes.flat[len(summaries) :]:
-        axis.axis("off")
-    for axis, summary in zip(axes.flat, summaries, strict=False):
-        bars = sorted(summary["rows"], key=lambda r: r["ms"])
-        values = [r["times_ours"] for r in bars]
-        shades = [colours[r["kind"]] for r in bars]
-        drawn = axis.barh([r["name"] for r in bars], values, color=shades)
-        axis.bar_label(drawn, [f"{v:.2g}" for v in values], padding=3, fontsize=8)
-        axis.set_xscale("log")
-        axis.set_xlim(min(0.5, *values) / 1.2, max(values) * 1.8)
-        axis.axvline(1, color="#1b6ca8", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.tick_params(labelsize=8)
-        axis.set_title(summary["case"], fontsize=9, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{title}: time over fastmeta's, less is faster ({facts.get('gpu', facts['cpu'])}, "
-        f"{facts['threads']} threads, torch {facts['torch']}, {facts['dtype']})",
-        fontsize=10,
-    )
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Options that all benchmarks share."""
     p = argparse.ArgumentParser(prog=prog, description=description)
@@ -420,6 +380,8 @@ def configure(options: argparse.Namespace) -> None:
     if cores and options.threads < len(cores) and options.device == "cpu":
         os.sched_setaffinity(0, cores[: options.threads])  # XLA sizes its pool by it
     torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        _memory.keep_freed()
     if options.seconds is None:
         options.seconds = 0.2 if options.quick else 5.0
     options.sample = 2e-4 if options.quick else 2e-3
@@ -470,7 +432,8 @@ def run(
         print(f"no case is named like {options.cases!r}")
         return 2
     if options.plot:
-        plot(options.plot / f"{name}.png", name, facts, summaries)
+        _plots.panels(options.plot / f"{name}.png", name, facts, summaries)
+        _plots.overview(options.plot / f"{name}_overview.png", name, facts, summaries)
     wrong = [s["case"] for s in summaries if s["ours_wrong"]]
     for name in wrong:
         print(f"WRONG: {name}")

@@ -90,6 +90,11 @@ QUICK = [
 ]
 
 
+def memory_work() -> Work:
+    """What memory is measured on, at several numbers of steps."""
+    return _conv(1, tasks=4, queries=25)
+
+
 def module(work: Work) -> nn.Module:
     """The model, in float64, with seeded weights; norms and biases off their trivial start."""
     layers: list[nn.Module] = []

@@ -95,8 +95,8 @@ def contestants(
             yield Contestant(
                 "torch.compile logsumexp", by_compile(m.masked_logsumexp, fused=True), "compiled"
             )
-        yield Contestant("JAX jit one-hot", by_jax(False))
-    yield Contestant("JAX jit segment_sum", by_jax(True))
+        yield Contestant("JAX jit one-hot", by_jax(False), "jax")
+    yield Contestant("JAX jit segment_sum", by_jax(True), "jax")
     if inner and work.C <= 20:
         yield Contestant("KeOps", lambda d: keops_step(work, inputs, output, options, d))
     if work.similarity == "cosine" and not work.ragged and output != "probs":

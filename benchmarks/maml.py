@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import fastmeta as fm
-from benchmarks import _harness, _maml
+from benchmarks import _harness, _maml, _update
 from benchmarks._harness import Case, Contestant, Step
 from benchmarks._maml import Work
 from benchmarks._peers import AbsentError, double, jax_for, jax_step, peer
@@ -48,24 +48,38 @@ class Meeting:
 
     # Each of the following takes a dtype and returns the step, which returns the meta-gradient.
 
-    def ours(self, dtype: str) -> Step:
-        """``fm.MAML`` with its own choice of strategy."""
-        work = self.work
-        model, (xs, ys, xq, yq) = self.fresh(dtype)
-        loss = "mse" if work.regression else "cross_entropy"
-        maml = fm.MAML(
-            model, lr=work.lr, steps=work.K, first_order=not work.second_order, loss=loss
-        )
-        wrt = list(model.parameters())
-        if work.to_features:
-            wrt += [xs.requires_grad_(), xq.requires_grad_()]
-        outer = _maml.loss_of(work)
+    def ours(self, strategy: str = "auto") -> Callable[[str], Step]:
+        """``fm.MAML`` with its own choice of strategy, or another than that."""
 
-        def step() -> list[Tensor]:
-            prediction = maml(xs, ys, xq)
-            return list(torch.autograd.grad(outer(prediction.flatten(0, 1), yq.flatten(0, 1)), wrt))
+        def build(dtype: str) -> Step:
+            work = self.work
+            model, (xs, ys, xq, yq) = self.fresh(dtype)
+            maml = fm.MAML(
+                model,
+                lr=work.lr,
+                steps=work.K,
+                first_order=not work.second_order,
+                loss="mse" if work.regression else "cross_entropy",
+                strategy=strategy,
+            )
+            wrt = list(model.parameters())
+            if work.to_features:
+                wrt += [xs.requires_grad_(), xq.requires_grad_()]
+            outer = _maml.loss_of(work)
 
-        return step
+            def step() -> list[Tensor]:
+                if hasattr(maml, "loss"):  # query loss and meta-gradient in one pass
+                    return list(torch.autograd.grad(maml.loss(xs, ys, xq, yq), wrt))
+                out = maml(xs, ys, xq).flatten(0, 1)
+                return list(torch.autograd.grad(outer(out, yq.flatten(0, 1)), wrt))
+
+            if strategy != "auto":
+                own = fm.MAML(model, lr=work.lr, steps=work.K).plan().strategy
+                if own == strategy:
+                    raise AbsentError("what fastmeta picks by itself")
+            return step
+
+        return build
 
     def autograd(self, dtype: str) -> Step:
         """Plain unrolling, task after task."""
@@ -257,14 +271,15 @@ class Meeting:
         """All who can do the work."""
         # The order that is right: with batch norm gradients have to be taken inside of vmap.
         right = "grad(vmap)" if self.work.arch in ("mlp", "head") else "vmap(grad)"
-        yield Contestant("fastmeta", self.ours, "ours")
+        yield Contestant("fastmeta", self.ours(), "ours")
+        yield Contestant("fastmeta, vmap strategy", self.ours("vmap"), "ours")
         yield Contestant("autograd loop", self.autograd, "eager")
         yield Contestant("torch.func grad(vmap)", self.functional("grad(vmap)"), "eager")
         yield Contestant("torch.func vmap(grad)", self.functional("vmap(grad)"), "eager")
         yield Contestant("torch.compile", self.functional(right, compiled=True), "compiled")
-        yield Contestant("JAX jit", self.jax())
+        yield Contestant("JAX jit", self.jax(), "jax")
         if self.work.arch == "conv4":
-            yield Contestant("JAX jit, patches", self.jax(patches=True))
+            yield Contestant("JAX jit, patches", self.jax(patches=True), "jax")
         yield Contestant("learn2learn", self.learn2learn)
         yield Contestant("higher", self.higher)
         yield Contestant("TorchOpt", self.torchopt)
@@ -326,6 +341,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             traffic=4.0 * numbers,
             checks={"float64": 1e-8, "float32": 0.1},
         )
+    for rule, name in (("sgd", "SGD"), ("momentum", "momentum"), ("adam", "Adam")):
+        yield from _update.cases(rule, options, f"update only, {name}: ")
 
 
 if __name__ == "__main__":

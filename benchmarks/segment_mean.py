@@ -133,7 +133,7 @@ def contestants(
     yield Contestant("eager index_add", by_torch(index_add), "eager")
     yield Contestant("torch.compile one-hot", by_compile(one_hot), "compiled")
     yield Contestant("torch.compile index_add", by_compile(index_add), "compiled")
-    yield Contestant("JAX jit segment_sum", by_jit)
+    yield Contestant("JAX jit segment_sum", by_jit, "jax")
     yield Contestant("easyfsl", easyfsl_step, note="class after class, task after task")
 
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not installed
 
-from benchmarks import __main__, _harness, _maml, _matching, _peers
+from benchmarks import __main__, _harness, _maml, _matching, _peers, maml_memory
 
 TORCH_PEERS = "eager|torch|autograd|SDPA|_foreach"
 
@@ -55,7 +55,19 @@ def test_maml_lists_the_wrong_gradient_of_torch_func(tmp_path):
 def test_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     quick("segment_mean", tmp_path, "--peers", "eager", "--plot", str(tmp_path))
-    assert (tmp_path / "segment_mean.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("segment_mean.png", "segment_mean_overview.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_of_maml_is_measured(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    paths = ["--json", str(tmp_path), "--plot", str(tmp_path)]
+    status = maml_memory.main(["--quick", "--threads", "1", "--peers", "autograd", *paths])
+    assert status == 0, capsys.readouterr().out
+    written = json.loads((tmp_path / "maml_memory.json").read_text())
+    assert {"fastmeta", "autograd loop"} <= set(written["mib"])
+    assert set(written["mib"]["fastmeta"]) == {"1", "5"}
+    assert (tmp_path / "maml_memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 def options(**changes):
