@@ -11,11 +11,7 @@
 
 namespace fastmeta::FASTMETA_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
+constexpr int kPanelVectors = kVecBytes == 64 ? 4 : 2;
 constexpr int kTileRows = 6;
 template <class T>
 constexpr int64_t kPanel = kPanelVectors * kWidth<T>;
@@ -49,6 +45,11 @@ struct GemmStart {
   T alpha = T(1);
   const T* bias = nullptr;  // [cols]
   const T* from = nullptr;  // as C; may be C's own data
+};
+
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
 };
 
 template <class T, int kRows, int kVectors>
@@ -121,25 +122,17 @@ static void gemm(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, Const
         const int64_t rows = min_of(tile, m - i);
         const T* ap = a + i * rs + k0 * cs;
         const T* fp = from != nullptr ? from + i * ldc : nullptr;
-        switch (b.width(p) / kW) {
-          case 1:
-            gemm_rows<T, 1>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias, fp, cp + i * ldc,
-                            ldc);
-            break;
-          case 2:
-            gemm_rows<T, 2>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias, fp, cp + i * ldc,
-                            ldc);
-            break;
-#if defined(__AVX512F__)
-          case 3:
-            gemm_rows<T, 3>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias, fp, cp + i * ldc,
-                            ldc);
-            break;
-          case 4:
-            gemm_rows<T, 4>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias, fp, cp + i * ldc,
-                            ldc);
-            break;
-#endif
+        const auto rows_of = [&](auto vectors) {
+          gemm_rows<T, decltype(vectors)::value>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias,
+                                                 fp, cp + i * ldc, ldc);
+        };
+        const int64_t vectors = b.width(p) / kW;
+        if (vectors == 1) {
+          rows_of(Number<1>{});
+        } else if (vectors == 2) {
+          rows_of(Number<2>{});
+        } else if constexpr (kPanelVectors == 4) {
+          vectors == 3 ? rows_of(Number<3>{}) : rows_of(Number<4>{});
         }
       }
     }

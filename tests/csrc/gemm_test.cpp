@@ -1,0 +1,129 @@
+// Products of csrc/common/gemm.h against sums in long double.
+//
+// Tests the vectors of the flags this file is compiled with; compile it once per instruction set
+// with -DFASTMETA_ISA=<name> to test each.
+#ifndef FASTMETA_ISA
+#define FASTMETA_ISA gemm_test
+#endif
+#include "common/gemm.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+namespace fastmeta::FASTMETA_ISA {
+namespace {
+
+#define FASTMETA_CONCAT_(a, b) a##b
+#define FASTMETA_CONCAT(a, b) FASTMETA_CONCAT_(a, b)
+#define FASTMETA_TEST_(suite, name) TEST(suite, name)
+#define FASTMETA_TEST(name) FASTMETA_TEST_(FASTMETA_CONCAT(Gemm_, FASTMETA_ISA), name)
+
+constexpr double kUntouched = 12345;
+
+// A matrix with its own storage, in panels or in rows; columns past `used` are padding of zeros.
+template <class T>
+class Owned {
+ public:
+  Owned(int64_t rows, int64_t used, bool panels, std::mt19937& random)
+      : used_(used),
+        data_(rows * padded<T>(used), T(0)),
+        matrix_{data_.data(), rows, padded<T>(used), panels ? 0 : padded<T>(used)} {
+    std::uniform_real_distribution<T> draw(-1, 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < used; ++j) at(i, j) = draw(random);
+    }
+  }
+  T& at(int64_t i, int64_t j) {
+    const int64_t p = j / kPanel<T>;
+    return matrix_.panel(p)[i * matrix_.stride(p) + j - p * kPanel<T>];
+  }
+  Matrix<T> matrix() { return matrix_; }
+  ConstMatrix<T> fixed() const { return {data_.data(), matrix_.rows, matrix_.cols, matrix_.ld}; }
+  int64_t used() const { return used_; }
+
+ private:
+  int64_t used_;
+  std::vector<T> data_;
+  Matrix<T> matrix_;
+};
+
+template <class T>
+double bound(int64_t k) {
+  return 4 * static_cast<double>(k + 4) * std::numeric_limits<T>::epsilon();
+}
+
+template <class T>
+void check_products(int64_t m, int64_t n, int64_t k, bool panels, bool transposed_a) {
+  std::mt19937 random(static_cast<unsigned>(m * 131 + n * 17 + k));
+  std::uniform_real_distribution<T> draw(-1, 1);
+  std::vector<T> a(m * k), bias(padded<T>(n), T(0));
+  for (T& x : a) x = draw(random);
+  for (int64_t j = 0; j < n; ++j) bias[j] = draw(random);
+  const int64_t rs = transposed_a ? 1 : k, cs = transposed_a ? m : 1;
+  Owned<T> b(k, n, panels, random), c(m, n, panels, random), out(m, n, panels, random);
+  const T alpha = T(-0.5);
+  GemmStart<T> start{alpha, bias.data(), c.fixed().data};
+  gemm<T>(m, k, a.data(), rs, cs, b.fixed(), out.matrix(), start);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      long double sum = 0;
+      for (int64_t q = 0; q < k; ++q) {
+        sum += static_cast<long double>(a[i * rs + q * cs]) * static_cast<long double>(b.at(q, j));
+      }
+      const long double want = alpha * sum + bias[j] + c.at(i, j);
+      ASSERT_NEAR(out.at(i, j), want, bound<T>(k)) << m << ' ' << n << ' ' << k << ' ' << panels;
+    }
+  }
+}
+
+// X [m, cols] times W [k, cols] transposed: without a copy of W, and by way of its transpose.
+template <class T>
+void check_transposed(int64_t m, int64_t n, int64_t k, bool panels) {
+  std::mt19937 random(static_cast<unsigned>(m * 7 + n * 31 + k));
+  Owned<T> x(m, n, false, random), w(k, n, panels, random);
+  const int64_t ld = padded<T>(k) + kWidth<T>;
+  std::vector<T> few(m * ld, T(kUntouched)), many(m * ld, T(kUntouched));
+  gemm_transposed_few<T>(m, x.fixed().data, padded<T>(n), w.fixed(), few.data(), ld, T(2), false);
+  gemm_transposed_few<T>(m, x.fixed().data, padded<T>(n), w.fixed(), few.data(), ld, T(1), true);
+  Owned<T> turned(n, k, true, random);
+  transpose_to_panels<T>(w.fixed(), n, turned.matrix());
+  GemmStart<T> start;
+  start.alpha = T(3);
+  gemm<T>(m, n, x.fixed().data, padded<T>(n), 1, turned.fixed(), {many.data(), m, padded<T>(k), ld},
+          start);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < ld; ++j) {
+      long double want = 0;
+      for (int64_t q = 0; j < k && q < n; ++q) {
+        want += 3 * static_cast<long double>(x.at(i, q)) * static_cast<long double>(w.at(j, q));
+      }
+      if (j >= padded<T>(k)) want = kUntouched;
+      ASSERT_NEAR(few[i * ld + j], want, 3 * bound<T>(n)) << m << ' ' << n << ' ' << k;
+      ASSERT_NEAR(many[i * ld + j], want, 3 * bound<T>(n)) << m << ' ' << n << ' ' << k;
+    }
+  }
+}
+
+template <class T>
+void check_all() {
+  for (int64_t m : {1, 2, 5, 6, 7, 13}) {
+    for (int64_t n : {1, 5, 8, 16, 17, 24, 40, 70}) {
+      for (int64_t k : {0, 1, 9, 40, 385, 800}) {
+        for (bool panels : {false, true}) {
+          check_products<T>(m, n, k, panels, (m + k) % 2 == 0);
+          if (k > 0) check_transposed<T>(m, n, k, panels);
+        }
+      }
+    }
+  }
+}
+
+FASTMETA_TEST(Float) { check_all<float>(); }
+FASTMETA_TEST(Double) { check_all<double>(); }
+
+}  // namespace
+}  // namespace fastmeta::FASTMETA_ISA
