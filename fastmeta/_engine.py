@@ -6,6 +6,7 @@ asks the module for its program once for each number of rows, and notices when t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from fastmeta._engine_refusals import NoProgram
 from fastmeta._engine_trace import Trace, trace
 from fastmeta._inner_losses import Loss, NamedLoss, Supports, check_prediction
 from fastmeta._structure import Structure
+from fastmeta.errors import IGNORE_INDEX
 from fastmeta.ops._define import _below_autograd
 from fastmeta.ops._engine_program import Loss as ProgramLoss
 from fastmeta.ops._engine_program import Program, Shape
@@ -35,9 +37,10 @@ _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_acti
 _meta_step = torch.ops.fastmeta.meta_step.default
 
 
-def has_kernel(device: torch.device) -> bool:
+@functools.cache
+def has_kernel(device_type: str) -> bool:
     """Whether the engine is compiled for this kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         "fastmeta::meta_step", key
     )
@@ -55,6 +58,7 @@ class Prepared:
         places: Where those of ``fast`` stand among the parameters that adapt.
         weighted: Whether the loss's class weights come after those.
         normalises: Whether rows of a task influence each other.
+        summary: What it is made of, in a few words.
     """
 
     program: Program
@@ -64,8 +68,14 @@ class Prepared:
     places: list[int]
     weighted: bool
     normalises: bool = field(init=False)
+    summary: str = field(init=False)
 
     def __post_init__(self) -> None:
+        kinds: dict[str, int] = {}
+        for node in self.program.nodes:
+            kinds[node.kind] = kinds.get(node.kind, 0) + 1
+        parts = ", ".join(f"{n} {kind}" if n > 1 else kind for kind, n in kinds.items())
+        self.summary = f"{parts}; {self.program.loss.kind}"
         self.normalises = any(
             n.kind == "batch_norm" and n.options.get("mean") is None for n in self.program.nodes
         )
@@ -74,14 +84,6 @@ class Prepared:
         """Rows Tensor[T, N, ...] as the program takes them: flat where it begins by flattening."""
         row = self.program.input
         return x if x.dim() == len(row) + 2 else x.reshape(*x.shape[:2], *row)
-
-    def summary(self) -> str:
-        """What it is made of, in a few words."""
-        kinds: dict[str, int] = {}
-        for node in self.program.nodes:
-            kinds[node.kind] = kinds.get(node.kind, 0) + 1
-        parts = ", ".join(f"{n} {kind}" if n > 1 else kind for kind, n in kinds.items())
-        return f"{parts}; {self.program.loss.kind}"
 
 
 class Engine:
@@ -95,6 +97,7 @@ class Engine:
         self._structure: Structure | None = None
         self._traces: dict[Any, Trace | str] = {}
         self._programs: dict[Any, Prepared | str] = {}
+        self._recalled: dict[Any, Any] = {}
         self._constants: dict[Any, Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> Engine:
@@ -110,6 +113,7 @@ class Engine:
             self._model, self._structure = model, Structure(model)
             self._traces.clear()
             self._programs.clear()
+            self._recalled.clear()
         assert self._structure is not None
         return self._structure
 
@@ -130,7 +134,8 @@ class Engine:
         self._check_call(x, supports.y, query_x)
         rows = 0 if query_x is None else query_x.shape[1]
         row, query_row = x.shape[2:], () if query_x is None else query_x.shape[2:]
-        key = (x.shape[1], rows, row, query_row, x.dtype, supports.y.shape[2:], tuple(names))
+        signature = (x.dtype, x.device, supports.y.shape[2:], tuple(names))
+        key = (x.shape[1], rows, row, query_row, *signature)
         known = self._programs.get(key)
         if known is None:
             if len(self._programs) >= KEPT:
@@ -153,12 +158,9 @@ class Engine:
     def _check_call(self, x: Tensor, y: Tensor, query_x: Tensor | None) -> None:
         if not isinstance(self._loss, NamedLoss):
             raise NoProgram("the loss is a function of your own")
-        if _transforms_active() or forward_ad._current_level >= 0:
-            raise NoProgram("torch.func transforms are active")
-        if torch.compiler.is_compiling():
-            raise NoProgram("torch.compile is tracing")
-        if torch.is_autocast_enabled(x.device.type):
-            raise NoProgram("autocast is enabled")
+        unusual = _unusual(x.device.type)
+        if unusual is not None:
+            raise NoProgram(unusual)
         if x.dtype not in DTYPES:
             raise NoProgram(f"inputs are {str(x.dtype).removeprefix('torch.')}")
         if query_x is not None and query_x.dtype != x.dtype:
@@ -188,7 +190,7 @@ class Engine:
         refs = {n: f"f{i}" for i, n in enumerate(fast)} | {n: f"s{i}" for i, n in enumerate(shared)}
         structure = self.structure(model)
         for name in used:
-            tensor = self._tensor(structure, name)
+            tensor = structure.tensor(name)
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise NoProgram(f"{name!r} is {kind} on {tensor.device}, unlike the inputs")
@@ -228,13 +230,6 @@ class Engine:
             raise NoProgram(known)
         return known
 
-    def _tensor(self, structure: Structure, name: str) -> Tensor:
-        if name in structure.slots:
-            return structure.parameter(name)
-        held, key = structure.buffers[name]
-        value: Tensor = held[key]
-        return value
-
     def _operands(
         self, ready: Prepared, model: nn.Module, values: dict[str, Tensor], rates: Rates, steps: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -243,8 +238,7 @@ class Engine:
         assert structure is not None
         fast = [values[name] for name in ready.fast]
         shared = [
-            values[name] if name in values else self._tensor(structure, name)
-            for name in ready.shared
+            values[name] if name in values else structure.tensor(name) for name in ready.shared
         ]
         if ready.weighted:
             assert isinstance(self._loss, NamedLoss)
@@ -324,19 +318,81 @@ class Engine:
         first_order: bool,
     ) -> Tensor:
         """Mean over the tasks of their query losses, with its gradients computed in one go."""
-        fast, shared, table = self._operands(ready, model, values, rates, steps)
-        call = _Call(
+        operands = self._operands(ready, model, values, rates, steps)
+        return self._launch(ready, operands, supports, queries, steps, first_order)
+
+    def _launch(
+        self,
+        ready: Prepared,
+        operands: tuple[list[Tensor], list[Tensor], Tensor],
+        supports: Supports,
+        queries: Supports,
+        steps: int,
+        first_order: bool,
+    ) -> Tensor:
+        fast, shared, table = operands
+        return _MetaLoss.apply(  # type: ignore[no-any-return]
             ready.text,
-            len(fast),
-            len(shared),
-            supports.y,
-            queries.y,
-            steps,
-            self._seed(ready),
-            first_order,
+            (len(fast), len(shared)),
+            (supports.y, queries.y),
+            (steps, self._seed(ready), first_order),
+            torch.is_grad_enabled(),
+            *fast,
+            *shared,
+            table,
+            ready.rows(supports.x),
+            ready.rows(queries.x),
         )
-        tensors = (*fast, *shared, table, ready.rows(supports.x), ready.rows(queries.x))
-        return _MetaLoss.apply(call, *tensors)  # type: ignore[no-any-return]
+
+    def remember(self, ready: Prepared, given: Sequence[Tensor]) -> None:
+        """Let `recall` take such a call from now on, as long as the module is what it is."""
+        structure = self._structure
+        assert structure is not None
+        if len(self._recalled) >= KEPT:
+            self._recalled.clear()
+        slots = [structure.slot(n) for n in ready.fast], [structure.slot(n) for n in ready.shared]
+        self._recalled[_signature(given)] = ready, slots
+
+    def recall(
+        self, model: nn.Module, rates: Rates, given: Sequence[Any], steps: int, first_order: bool
+    ) -> Tensor | None:
+        """What `loss` returns, by the shortest way, if such a call was taken before; else None.
+
+        For small networks, whose tasks take less time than all the checks of a call. What they
+        would find is either in the signature, or the kernel finds it: then None as well.
+        """
+        structure = self._structure
+        if not self._recalled or model is not self._model or structure is None:
+            return None
+        if any(type(t) is not Tensor or not t.is_cpu for t in given):
+            return None
+        found = self._recalled.get(_signature(given))
+        if found is None or not structure.same() or _unusual("cpu"):
+            return None
+        ready, (fast, shared) = found
+        support_x, support_y, query_x, query_y = given
+        assert isinstance(self._loss, NamedLoss)
+        if self._loss.labelled:
+            if ready.normalises and min(int(support_y.min()), int(query_y.min())) < 0:
+                return None
+            if self._loss.ignore != IGNORE_INDEX or support_y.dtype != torch.int64:
+                return None
+        tensors = [held[key] for held, key in fast]
+        others = [held[key] for held, key in shared]
+        if ready.weighted:
+            others.append(self._loss.weight)
+        table = self._rates(rates, steps, ready.places, tensors[0])
+        try:
+            return self._launch(
+                ready,
+                (tensors, others, table),
+                Supports(support_x, support_y),
+                Supports(query_x, query_y),
+                steps,
+                first_order,
+            )
+        except (RuntimeError, IndexError):
+            return None
 
     def _seed(self, ready: Prepared) -> int:
         return int(torch.randint(2**62, ())) if ready.program.random else 0
@@ -357,45 +413,52 @@ def _program_loss(loss: NamedLoss, weight: str, like: Tensor) -> ProgramLoss:
     return ProgramLoss("cross_entropy", options)
 
 
-@dataclass
-class _Call:
-    """What `_MetaLoss` takes besides the tensors that may have gradients."""
+def _signature(given: Sequence[Tensor]) -> Any:
+    return tuple([t.shape for t in given] + [t.dtype for t in given])
 
-    program: str
-    fast: int
-    shared: int
-    support_y: Tensor
-    query_y: Tensor
-    steps: int
-    seed: int
-    first_order: bool
+
+def _unusual(device_type: str) -> str | None:
+    """What is going on around the call that the engine does not take part in."""
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transforms are active"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    return "autocast is enabled" if torch.is_autocast_enabled(device_type) else None
 
 
 class _MetaLoss(torch.autograd.Function):
     """The mean query loss. Its gradients are there before anyone asks; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
-        fast, shared = call.fast, call.fast + call.shared
-        needs = ctx.needs_input_grad[1:]
-        asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
+    def forward(
+        ctx: Any,
+        program: str,
+        counts: tuple[int, int],
+        targets: tuple[Tensor, Tensor],
+        options: tuple[int, int, bool],
+        learning: bool,
+        *tensors: Tensor,
+    ) -> Tensor:
+        fast, shared = counts[0], sum(counts)
+        needs, wanted = ctx.needs_input_grad[5:], 0
+        if learning:
+            asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
+            wanted = sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
         with _below_autograd():
-            loss, _, grad_fast, grad_shared, *others = _meta_step(
-                call.program,
+            loss, _, *grads = _meta_step(
+                program,
                 tensors[:fast],
                 tensors[fast:shared],
                 *tensors[shared : shared + 2],
-                call.support_y,
+                targets[0],
                 tensors[-1],
-                call.query_y,
-                call.steps,
-                call.seed,
-                call.first_order,
-                sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks),
+                targets[1],
+                *options,
+                wanted,
             )
-            ctx.needs = needs
-            found = zip((*grad_fast, *grad_shared, *others), needs, strict=True)
-            ctx.save_for_backward(*(g for g, need in found if need))
+            if learning:
+                found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
+                ctx.save_for_backward(*[g for g, need in found if need])
             return loss.mean()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -406,7 +469,8 @@ class _MetaLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _Final.apply(torch.zeros((), requires_grad=True), *grads)
         following = iter(grads)
-        return (None, *(next(following) if need else None for need in ctx.needs))
+        needs = ctx.needs_input_grad[5:]
+        return (None,) * 5 + tuple([next(following) if need else None for need in needs])
 
 
 class _Final(torch.autograd.Function):

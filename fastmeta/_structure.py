@@ -62,11 +62,16 @@ class Structure:
             return False
 
     def _look(self) -> list[Any]:
-        return [(t.requires_grad, t.dtype) for t in (held[key] for held, key in self._tensors)]
+        tensors = (held[key] for held, key in self._tensors)
+        return [(t.requires_grad, t.dtype, t.device) for t in tensors]
 
-    def parameter(self, name: str) -> Tensor:
-        """The parameter of this name, as it is now."""
-        held, key = self.slots[name][0]
+    def slot(self, name: str) -> tuple[dict[str, Any], str]:
+        """Where the parameter or buffer of this name is."""
+        return self.slots[name][0] if name in self.slots else self.buffers[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of this name, as it is now."""
+        held, key = self.slot(name)
         value: Tensor = held[key]
         return value
 

@@ -32,8 +32,8 @@ class Plan:
     """How `MAML` runs its tasks.
 
     Attributes:
-        strategy: ``"vmap"`` or ``"loop"``.
-        reason: Why.
+        strategy: ``"engine"``, ``"vmap"`` or ``"loop"``.
+        reason: Why; of the engine, what the program is made of, or which layer stopped it.
         adapted: Names of the parameters that adapt.
         second_order: Whether the meta-gradient is of second order.
     """
@@ -79,19 +79,22 @@ class MAML(nn.Module):
     original code and its successors. Under ``"running"`` it uses the running statistics as they
     are. Neither writes to the model's buffers, ever.
 
-    Strategies: ``"vmap"`` maps the forward pass over the tasks (``torch.func.vmap``) and takes
-    gradients outside of it, so that second derivatives through batch norm and layer norm are exact,
-    which ``torch.func.grad`` inside ``vmap`` does not give. ``"loop"`` runs task after task and
-    takes every module (recurrent layers, forward passes that branch on data). ``"auto"`` uses the
-    first, and the second where the first cannot, with a warning that says why; see `plan`. All give
-    the same numbers.
+    Strategies: ``"engine"`` runs all steps of all tasks in one call, a task in a thread's cache,
+    for modules made of the layers it knows and losses known by name, in float32 and float64; its
+    gradient cannot be differentiated again. ``"vmap"`` maps the forward pass over the tasks
+    (``torch.func.vmap``) and takes gradients outside of it, so that second derivatives through
+    batch norm and layer norm are exact, which ``torch.func.grad`` inside ``vmap`` does not give.
+    ``"loop"`` runs task after task and takes every module (recurrent layers, forward passes that
+    branch on data). ``"auto"`` uses the first of them that can; of the last it warns and says why.
+    `plan` says which it was, and what stopped the others. All give the same numbers.
 
     Padding: with integer labels, supports labelled -100 are padding and count for nothing. Where
     rows of a task influence each other through batch norm, or the loss is your own, such tasks are
     run one by one without their padding. A module that mixes rows in other ways needs
     ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
 
-    Memory: of each step only the ``T * parameters`` numbers that it starts from are kept, and of
+    Memory: the engine keeps the parameters of each step, and for `loss` nothing but the gradients.
+    Otherwise, of each step only the ``T * parameters`` numbers that it starts from are kept, and of
     the last one its graph, ``2 * T * (parameters + outputs of all layers for the supports)``
     numbers; the prediction keeps the outputs of all layers for the queries. The backward pass runs
     each earlier step again and takes one Hessian-vector product, so that no two steps' graphs are
@@ -112,15 +115,17 @@ class MAML(nn.Module):
         lr: Step size of the inner loop, at least 0; the initial one if it is learned.
         steps: Number K of steps, at least 0.
         first_order: Whether to treat inner gradients as constants.
-        loss: ``"cross_entropy"`` (integer labels), ``"mse"`` (targets of the prediction's shape),
-            or a function ``(prediction, target) -> scalar`` of one task's Tensor[S, ...] each.
+        loss: ``"cross_entropy"`` (integer labels), ``"mse"``, ``"huber"`` or ``"bce"`` with logits
+            (targets of the prediction's shape), the modules of ``torch.nn`` for these, or a
+            function ``(prediction, target) -> scalar`` of one task's Tensor[S, ...] each. What
+            ``ignore_index`` of ``nn.CrossEntropyLoss`` names is padding.
         adapt: Which parameters adapt: names, names of submodules or glob patterns; or a predicate
             ``(name, parameter) -> bool``; or a submodule of ``model``; None: all. Parameters with
             ``requires_grad=False`` never do.
         learn_lr: False, ``"scalar"``, ``"parameter"`` or ``"element"``.
         lr_per_step: Whether learned rates differ between steps. Steps past ``steps`` use the last.
         batch_norm: ``"batch"`` or ``"running"``.
-        strategy: ``"auto"``, ``"vmap"`` or ``"loop"``.
+        strategy: ``"auto"``, ``"engine"``, ``"vmap"`` or ``"loop"``.
         task_chunk: Tasks to hold in memory at a time; None: all. The numbers are the same.
         randomness: ``"different"`` or ``"same"`` random numbers (dropout) for each task.
 
@@ -198,6 +203,7 @@ class MAML(nn.Module):
             randomness=randomness,
         )
         self.rates = self._make_rates()
+        self._names: list[str] = []
 
     def forward(
         self,
@@ -236,7 +242,7 @@ class MAML(nn.Module):
             queries = check_queries("MAML", query_x, query_mask, tasks, device)
             weights = self._weights()
             return self._runner.forward(
-                weights, self._rates(weights), supports, queries, self.steps, self.first_order
+                weights, self._rates(weights.names), supports, queries, self.steps, self.first_order
             )
 
     def loss(
@@ -276,15 +282,19 @@ class MAML(nn.Module):
         if torch.is_inference_mode_enabled():
             with _outside_inference():
                 return self.loss(support_x, support_y, query_x, query_y)
-        support_x, support_y, query_x, query_y = _usable(support_x, support_y, query_x, query_y)
-        runner = self._runner
+        runner, given = self._runner, (support_x, support_y, query_x, query_y)
+        rates, steps = self._rates(self._names), self.steps
+        recalled = runner.recall(self.model, rates, given, steps, self.first_order)
+        if recalled is not None:
+            return recalled
+        support_x, support_y, query_x, query_y = _usable(*given)
         supports = check_supports("MAML.loss", support_x, support_y, runner.loss)
         queries = check_supports("MAML.loss", query_x, query_y, runner.loss, "query")
         check_queries("MAML.loss", query_x, None, support_x.shape[0], support_x.device)
         weights = self._weights()
-        return runner.meta_loss(
-            weights, self._rates(weights), supports, queries, self.steps, self.first_order
-        )
+        self._names = weights.names
+        rates = self._rates(weights.names)
+        return runner.meta_loss(weights, rates, supports, queries, given, steps, self.first_order)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
         """Adapt to each task's supports.
@@ -319,7 +329,7 @@ class MAML(nn.Module):
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
             weights = self._weights()
             theta = self._runner.adapt(
-                weights, self._rates(weights), supports, steps, self.first_order
+                weights, self._rates(weights.names), supports, steps, self.first_order
             )
         return AdaptedTasks(self.model, self._runner, dict(zip(weights.names, theta, strict=True)))
 
@@ -363,11 +373,11 @@ class MAML(nn.Module):
             rates[_key(name)] = _rate(self.lr, shape, like)
         return rates
 
-    def _rates(self, weights: Weights) -> Rates:
+    def _rates(self, names: list[str]) -> Rates:
         if not self.learn_lr:
             return Rates(self.lr)
         shared = self.learn_lr == "scalar"
-        tensors = [self.rates[k] for k in (["all"] if shared else map(_key, weights.names))]
+        tensors = [self.rates[k] for k in (["all"] if shared else map(_key, names))]
         return Rates(self.lr, tensors, shared, self.lr_per_step)
 
 

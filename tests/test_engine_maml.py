@@ -280,7 +280,7 @@ def test_padding_counts_for_nothing(strategy):
 def test_padding_and_batch_norm_go_another_way(part, monkeypatch):
     import fastmeta._inner_loop as inner_loop
 
-    monkeypatch.setattr(inner_loop, "has_kernel", lambda device: True)
+    monkeypatch.setattr(inner_loop, "has_kernel", lambda device_type: True)
     model, data = make("conv_bn")
     data[1 if part == "support" else 3][0, 1] = -100
     with pytest.raises(ValueError, match="because tasks are padded and batch norm"):
