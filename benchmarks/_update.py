@@ -176,7 +176,7 @@ def ours(work: Work) -> Update:
 
 
 def torchopt(work: Work) -> Update:
-    """TorchOpt's transformation, whose first step starts from our state."""
+    """TorchOpt's transformation, starting from our state."""
     module = peer("torchopt", without=("graphviz",))
     more: dict[str, Any] = {}
     if work.rule == "momentum":
@@ -184,6 +184,8 @@ def torchopt(work: Work) -> Update:
     elif work.rule == "adam":
         more = {"betas": (BETA1, BETA2), "eps": EPS, "moment_requires_grad": True}
     transform = getattr(module, "adam" if work.rule == "adam" else "sgd")(lr=RATE, **more)
+    zero = (torch.zeros(()),)  # a transformation's first call takes the buffer without momentum
+    transform.update(zero, transform.init(zero), params=zero, inplace=False)
 
     def update(p: list[Tensor], g: list[Tensor], *rest: list[Any]) -> Lists:
         states = [tuple(s) for s in rest[:-1]]

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,26 +44,42 @@ def contestants(meeting: Meeting) -> dict[str, Callable[[str], Step]]:
     }
 
 
+def peak(name: str, work: Work, options: argparse.Namespace) -> float | str | None:
+    """MiB of one meta-step above idle, or why there is no such number.
+
+    The step is the first of its size, so that what a library keeps for the next one counts as well;
+    a tiny one before it has loaded the code.
+    """
+    _harness.configure(options)
+    try:
+        contestants(Meeting(_maml.QUICK[-1], options))[name]("float32")()
+        extra = _memory.extra(contestants(Meeting(work, options))[name]("float32"), options.device)
+    except AbsentError as error:
+        return str(error)
+    return None if extra is None else extra / 2**20
+
+
 def peaks(work: Work, options: argparse.Namespace) -> dict[str, dict[int, float | None]]:
-    """MiB of one meta-step above idle, by contestant and number of steps."""
+    """`peak` by contestant and number of steps, each in a process of its own (--quick: in this)."""
     found: dict[str, dict[int, float | None]] = {}
-    steps = STEPS[:2] if options.quick else STEPS
-    for count in steps:
-        meeting = Meeting(dataclasses.replace(work, K=count), options)
-        for name, build in contestants(meeting).items():
-            wanted = options.peers.split("|") if options.peers else [""]
-            if not name.startswith("fastmeta") and not any(p in name for p in wanted):
-                continue
-            try:
-                step = build("float32")
-                step()
-                extra = _memory.extra(step, options.device)
-            except AbsentError as error:
-                print(f"  - {name}, K={count}: {error}")
-                continue
-            found.setdefault(name, {})[count] = None if extra is None else extra / 2**20
-            del step
-            gc.collect()
+    wanted = options.peers.split("|") if options.peers else [""]
+    names = [
+        name
+        for name in contestants(Meeting(work, options))
+        if name.startswith("fastmeta") or any(p in name for p in wanted)
+    ]
+    for count in STEPS[:2] if options.quick else STEPS:
+        for name in names:
+            args = (name, dataclasses.replace(work, K=count), options)
+            if options.quick:
+                result = peak(*args)
+            else:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    result = pool.apply(peak, args)
+            if isinstance(result, str):
+                print(f"  - {name}, K={count}: {result}")
+            else:
+                found.setdefault(name, {})[count] = result
     return found
 
 
