@@ -14,6 +14,7 @@ NAMES = (
     "sgd_update",
     "momentum_update",
     "adam_update",
+    "task_layers",
     "maml",
 )
 

@@ -10,6 +10,9 @@ from fastmeta.ops import matching_nll as matching_nll
 from fastmeta.ops import momentum_update as momentum_update
 from fastmeta.ops import segment_mean as segment_mean
 from fastmeta.ops import sgd_update as sgd_update
+from fastmeta.ops import task_batch_norm as task_batch_norm
+from fastmeta.ops import task_conv2d as task_conv2d
+from fastmeta.ops import task_linear as task_linear
 
 from fastmeta import _native as _native  # isort: skip
 from fastmeta import data as data
