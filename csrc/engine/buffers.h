@@ -1,0 +1,124 @@
+// Where everything of a task lies in a thread's memory.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "engine/factored.h"
+#include "engine/layers/layers.h"
+#include "engine/layers/product.h"
+#include "engine/plan.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+// What a call wants; the same for all of its tasks.
+struct Wants {
+  bool backward = false;      // anything at all
+  bool second_order = false;  // sweep back over the steps with Hessian-vector products
+  bool shared = false, rates = false, support_x = false, query_x = false;
+};
+
+// Where everything of a task lies in a thread's memory, in numbers from its beginning.
+template <class T>
+class Buffers {
+ public:
+  struct Pass {
+    std::vector<int64_t> y, dy, gy, dgy;  // of each value; -1: none
+    std::vector<int64_t> saved;           // of each node
+  };
+
+  Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, int64_t kept) {
+    const int values = static_cast<int>(plan.shapes.size());
+    const int64_t parameters = plan.fast.size;
+    // Whether a value that depends on no adapted parameter has a cotangent that somebody wants.
+    const auto upstream = [&](bool input) {
+      std::vector<bool> wanted(values, false);
+      wanted[0] = input;
+      for (int v = 1; v < values; ++v) {
+        const Node& n = plan.nodes[v - 1];
+        const auto learns = [&](const ParamRef& p) { return p && !p.adapted && wants.shared; };
+        wanted[v] =
+            wanted[n.input] || (n.input2 >= 0 && wanted[n.input2]) || learns(n.w) || learns(n.b);
+      }
+      return wanted;
+    };
+    support_wanted = upstream(wants.support_x);
+    query_wanted = upstream(wants.query_x);
+    int64_t scratch = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool query = pass == 1;
+      const int64_t rows = query ? args.queries : args.supports;
+      Pass& p = query ? this->query : support;
+      for (auto* list : {&p.y, &p.dy, &p.gy, &p.dgy}) list->assign(values, -1);
+      p.saved.assign(values, -1);
+      for (int v = 0; v < values; ++v) {
+        if (!plan.live[v]) continue;
+        const int64_t size = rows * plan.shapes[v].row();
+        const bool dynamic = !plan.is_static[v];
+        p.y[v] = take(size);
+        if (query) {
+          if (wants.backward && (dynamic || query_wanted[v])) p.gy[v] = take(size);
+        } else if (dynamic) {
+          p.gy[v] = take(size);
+          if (wants.second_order) {
+            p.dy[v] = take(size);
+            p.dgy[v] = take(size);
+          }
+        } else if (wants.second_order && support_wanted[v]) {
+          p.gy[v] = take(size);  // its cotangent, gathered over the steps
+        }
+        if (v == 0) continue;
+        const Node& n = plan.nodes[v - 1];
+        const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
+        if (!is_product) p.saved[v] = take(numbers(layers::saved_bytes<T>(n, rows)));
+        scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
+                                                       : layers::scratch_bytes<T>(n, rows)));
+      }
+    }
+    for (const Factored& f : plan.factored) {
+      const Node& n = plan.nodes[f.value - 1];
+      const int64_t s = args.supports, q = args.queries;
+      FactoredBuffers<T> b;
+      b.gram_ld = padded<T>(s);
+      b.gram = take(s * b.gram_ld);
+      b.query_gram = take(q * b.gram_ld);
+      b.base = take(s * n.out.ld);
+      if (wants.second_order) b.tangents = take(s * n.out.ld);
+      const bool x = wants.second_order && support_wanted[n.input];
+      if (x) b.gram_gradient = take(s * b.gram_ld);
+      if (x || (wants.backward && query_wanted[n.input]))
+        b.query_gram_gradient = take(q * b.gram_ld);
+      factored.push_back(b);
+      scratch = std::max(scratch, n.out.channels * padded<T>(n.in.channels));
+      scratch = std::max(scratch, f.weight.size);  // a whole weight, on its way in or out
+    }
+    this->scratch = take(scratch);
+    trajectory = take(kept * parameters);
+    gradient = take(parameters);
+    if (wants.backward) cotangent = take(parameters);
+    if (wants.second_order) {
+      direction = take(parameters);
+      product = take(parameters);
+      shared_product = take(plan.shared.size);
+    }
+  }
+
+  Pass support, query;
+  std::vector<bool> support_wanted, query_wanted;
+  std::vector<FactoredBuffers<T>> factored;
+  int64_t scratch = -1, trajectory = -1;
+  // In the engine's layout of the adapted parameters: gradient of the support loss, dL_Q / dtheta,
+  // rate * cotangent, its product with the Hessian (and the mixed one with the shared parameters).
+  int64_t gradient = -1, cotangent = -1, direction = -1, product = -1, shared_product = -1;
+  int64_t total = 0;
+
+ private:
+  static constexpr int64_t kAlign = 64 / sizeof(T);
+  static int64_t numbers(int64_t bytes) { return ceil_div(bytes, int64_t{sizeof(T)}); }
+  int64_t take(int64_t size) {
+    const int64_t place = total;
+    total += ceil_div(size, kAlign) * kAlign;
+    return place;
+  }
+};
+
+}  // namespace fastmeta::engine::FASTMETA_ISA
