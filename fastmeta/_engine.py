@@ -34,6 +34,7 @@ DTYPES = (torch.float32, torch.float64)
 KEPT = 256
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 _meta_step = torch.ops.fastmeta.meta_step.default
 
 
@@ -351,7 +352,7 @@ class Engine:
         if len(self._recalled) >= KEPT:
             self._recalled.clear()
         slots = [structure.slot(n) for n in ready.fast], [structure.slot(n) for n in ready.shared]
-        self._recalled[_signature(given)] = ready, slots
+        self._recalled[_signature(*given)] = ready, slots
 
     def recall(
         self, model: nn.Module, rates: Rates, given: Sequence[Any], steps: int, first_order: bool
@@ -364,9 +365,10 @@ class Engine:
         structure = self._structure
         if not self._recalled or model is not self._model or structure is None:
             return None
-        if any(type(t) is not Tensor or not t.is_cpu for t in given):
-            return None
-        found = self._recalled.get(_signature(given))
+        for t in given:
+            if type(t) is not Tensor or not t.is_cpu:
+                return None
+        found = self._recalled.get(_signature(*given))
         if found is None or not structure.same() or _unusual("cpu"):
             return None
         ready, (fast, shared) = found
@@ -413,8 +415,8 @@ def _program_loss(loss: NamedLoss, weight: str, like: Tensor) -> ProgramLoss:
     return ProgramLoss("cross_entropy", options)
 
 
-def _signature(given: Sequence[Tensor]) -> Any:
-    return tuple([t.shape for t in given] + [t.dtype for t in given])
+def _signature(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Any:
+    return (sx.shape, sy.shape, qx.shape, qy.shape, sx.dtype, sy.dtype, qx.dtype, qy.dtype)
 
 
 def _unusual(device_type: str) -> str | None:
@@ -458,12 +460,21 @@ class _MetaLoss(torch.autograd.Function):
             )
             if learning:
                 found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
-                ctx.save_for_backward(*[g for g, need in found if need])
+                # No saved tensors: those are held until after the backward pass, so that each
+                # would be copied into its parameter's .grad instead of becoming it.
+                ctx.grads = tuple([g for g, need in found if need])
             return loss.mean()  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        grads = ctx.saved_tensors
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "MAML: trying to go backward through MAML.loss a second time, after its gradients "
+                "were handed out: the first time, backward(retain_graph=True) keeps them"
+            )
+        if not _graph_is_kept():
+            ctx.grads = None
         if not (grad.is_cpu and grad.item() == 1):  # as it is after loss.backward()
             grads = torch._foreach_mul(grads, grad.detach())
         if torch.is_grad_enabled():
