@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from fastmeta import _task_calls
 from fastmeta.errors import fail
 
 __all__ = ["BATCH_NORM", "Held", "LentModel", "PaddingMixes", "Slots", "find_slots"]
@@ -86,9 +87,16 @@ class _Rules(TorchFunctionMode):
         if self._batch_norm_policy == "batch":
             if self.padded is not None and self.padded():
                 raise PaddingMixes("batch norm takes its statistics over all rows of a task")
+            own = _task_calls.batch_norm(input, weight, bias, eps)
+            if own is not None:
+                return own
             return func(input, None, None, weight, bias, True, momentum, eps)
         _require_running(running_mean)
         return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+    def _conv2d(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        own = _task_calls.conv2d(*args, **kwargs)
+        return func(*args, **kwargs) if own is None else own
 
     def _instance_norm(
         self,
@@ -127,6 +135,7 @@ class _Rules(TorchFunctionMode):
     #: until the garbage collector comes by.
     _RULES: ClassVar[dict[Any, Callable[..., Any]]] = {
         F.batch_norm: _batch_norm,
+        F.conv2d: _conv2d,
         F.instance_norm: _instance_norm,
         F.scaled_dot_product_attention: _attention,
         F.multi_head_attention_forward: _attention,

@@ -1,0 +1,92 @@
+"""Layers called under ``torch.func.vmap`` with weights of each task, run by the ops made for that.
+
+torch maps a convolution with weights of each task to a grouped one, whose second derivative loops
+over the groups, and batch norm to one of all tasks' channels, whose second derivative is a dozen
+passes over memory. The ops of ``fastmeta.ops.task_layers`` compute the same, and stay one call.
+Here is where they are taken: on the CPU, with their kernels loaded, in float32 and float64 without
+autocast; and only where a tensor is mapped, for a layer that all tasks share is already one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta import _native
+from fastmeta.ops._task_norm import norm
+from fastmeta.ops.task_layers import _conv, _conv_size
+
+__all__ = ["batch_norm", "conv2d"]
+
+_mapped = torch._C._functorch.is_batchedtensor
+
+
+def _takes(mapped: Tensor, *others: Tensor | None) -> bool:
+    dtype = mapped.dtype
+    return (
+        _mapped(mapped)
+        and _native.cpu_module is not None
+        and mapped.is_cpu
+        and dtype in (torch.float32, torch.float64)
+        and all(t is None or (t.dtype == dtype and t.is_cpu) for t in others)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Two integers, or None for what is left to torch."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+        return (value[0], value[0]) if len(value) == 1 else tuple(value[:2])
+    return None
+
+
+def _one(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """``F.conv2d`` with weights of each task; None for what is left to torch, errors among it."""
+    pairs = [_pair(v) for v in (stride, padding, dilation)]
+    fits = input.dim() == 4 and weight.dim() == 4 and all(p is not None for p in pairs)
+    if not fits or not _takes(weight, input, bias):
+        return None
+    geometry = [n for p in pairs if p is not None for n in p] + [groups]
+    channels, outputs = input.shape[1], weight.shape[0]
+    if groups < 1 or channels != weight.shape[1] * groups or outputs % groups or not channels:
+        return None
+    if bias is not None and bias.shape != (outputs,):
+        return None
+    x, w = input.unsqueeze(0), weight.unsqueeze(0)
+    if min(geometry[:2]) < 1 or min(geometry[2:4]) < 0 or min(_conv_size(x, w, geometry)) < 1:
+        return None
+    return _conv(x, w, _one(bias), *geometry).squeeze(0)  # type: ignore[no-any-return]
+
+
+def batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """``F.batch_norm`` by batch statistics; None for what is left to torch."""
+    if input.dim() < 2 or not _takes(input, weight, bias):
+        return None
+    rows, channels = input.shape[:2]
+    if rows * math.prod(input.shape[2:]) < 2:  # torch has a word to say about it
+        return None
+    if any(t is not None and t.shape != (channels,) for t in (weight, bias)):
+        return None
+    x = input.unsqueeze(0)
+    x = x.unsqueeze(3) if x.dim() == 3 else x.flatten(3)
+    return norm(x, _one(weight), _one(bias), eps)[0].reshape(input.shape)  # type: ignore[no-any-return]
