@@ -74,12 +74,16 @@ def peaks(work: Work, options: argparse.Namespace) -> dict[str, dict[int, float 
             if options.quick:
                 result = peak(*args)
             else:
+                print(f"  ... {name}, K={count}", end="\r", flush=True)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     result = pool.apply(peak, args)
             if isinstance(result, str):
-                print(f"  - {name}, K={count}: {result}")
+                print(f"  - {name}, K={count}: {result}", flush=True)
             else:
                 found.setdefault(name, {})[count] = result
+                if options.json:  # as it comes: the longest take minutes
+                    options.json.mkdir(parents=True, exist_ok=True)
+                    (options.json / "maml_memory.json").write_text(json.dumps(found) + "\n")
     return found
 
 
