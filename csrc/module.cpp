@@ -36,6 +36,18 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+// Whether `count` labels at `address`, the data of an int64 tensor, are in [0, num_classes) or
+// ignore_index: the check that every call pays for, without a tensor op.
+bool labels_fit(uintptr_t address, int64_t count, int64_t num_classes, int64_t ignore_index) {
+  const int64_t* labels = reinterpret_cast<const int64_t*>(address);
+  bool fit = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool inside = static_cast<uint64_t>(labels[i]) < static_cast<uint64_t>(num_classes);
+    fit &= inside | (labels[i] == ignore_index);
+  }
+  return fit;
+}
+
 Isa checked_isa(const std::string& name) {
   const Isa isa = parse_isa(name);
   if (isa > best_isa()) throw std::invalid_argument("this machine cannot run " + name);
@@ -200,6 +212,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastmeta;
   m.doc() = "CPU kernels of fastmeta; importing registers them with torch.";
   m.def("compiler", &compiler, "Compiler that built this module.");
+  m.def("labels_fit", &labels_fit,
+        "Whether int64 labels at an address are in [0, num_classes) or ignore_index.");
   m.def("available_isas", &available_isas, "Instruction sets that this build and machine have.");
   m.def(
       "current_isa", [] { return std::string(isa_name(current_isa())); },

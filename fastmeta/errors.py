@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastmeta import _native
+
 __all__ = [
     "IGNORE_INDEX",
     "check_choice",
@@ -93,10 +95,13 @@ def check_labels(
     Only on the CPU and outside tracing: on CUDA the look would stall the stream. Kernels treat what
     gets past as padding.
     """
-    if not labels.is_cpu or is_tracing(labels) or labels.numel() == 0:
+    if not labels.is_cpu or is_tracing(labels):
         return
-    low, high = torch.aminmax(labels)
-    if low.item() >= 0 and high.item() < num_classes:
+    native = _native.cpu_module
+    if native is not None and labels.dtype == torch.int64 and labels.is_contiguous():
+        if native.labels_fit(labels.data_ptr(), labels.numel(), num_classes, ignore_index):
+            return
+    elif labels.numel() == 0:
         return
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if wrong.any():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from fastmeta.errors import (
+    FLOAT_DTYPES,
     IGNORE_INDEX,
     check_choice,
     check_float_tensor,
@@ -39,9 +41,21 @@ class MatchingInputs:
         weight: Tensor | None,
     ) -> None:
         self.function = function
+        check_choice(function, "similarity", similarity, SIMILARITIES)
+        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
+            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
+        self.num_classes = num_classes
+        if (
+            lengths is None
+            and mask is None
+            and weight is None
+            and similarity != "additive"
+            and _are_folded(query, support, labels)
+        ):
+            self._take_folded(query, support, labels, scale)
+            return
         check_float_tensor(function, "query", query, min_dim=2)
         check_float_tensor(function, "support", support, min_dim=2)
-        check_choice(function, "similarity", similarity, SIMILARITIES)
         device = query.device
         if support.device != device:
             fail(ValueError, function, "support", f"on {device}, like query", support.device)
@@ -56,9 +70,6 @@ class MatchingInputs:
         if support.shape[-1] != query.shape[-1]:
             wanted = f"of shape [..., S, D={query.shape[-1]}], like query"
             fail(ValueError, function, "support", wanted, f"shape {list(support.shape)}")
-        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
-            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
-        self.num_classes = num_classes
 
         check_int_tensor(function, "labels", labels, device=device)
         if labels.dim() < 1 or labels.shape[-1] != support.shape[-2]:
@@ -87,6 +98,27 @@ class MatchingInputs:
             self._fold(scale, 0) if scale.numel() != 1 else scale.reshape(1),
             None if weight is None else self._fold_weight(weight),
         )
+
+    def _take_folded(
+        self, query: Tensor, support: Tensor, labels: Tensor, scale: float | Tensor
+    ) -> None:
+        """The short way for what kernels take as it is: on small tasks the checks are the cost."""
+        check_labels(self.function, "labels", labels, self.num_classes)
+        acc = acc_dtype(query.dtype)
+        self.out_dtype = acc if torch.is_autocast_enabled("cpu") else query.dtype
+        scale = _scale_tensor(self.function, scale, acc, query.device)
+        self.leading = query.shape[:1]
+        if scale.dim() != 1 or scale.shape[0] != 1:
+            if scale.numel() == 1:
+                scale = scale.reshape(1)
+            elif scale.shape != self.leading:
+                self.leading = self._leading(query, support, labels, scale, None)
+        operands = ((query, 2), (support, 2), (labels, 1))
+        if self.leading != query.shape[:1]:
+            query, support, labels = (self._fold(x, trailing) for x, trailing in operands)
+        if scale.shape[0] != 1:
+            scale = self._fold(scale, 0)
+        self.args = query, support, labels, scale, None
 
     def _leading(
         self, query: Tensor, support: Tensor, labels: Tensor, scale: Tensor, weight: Tensor | None
@@ -145,10 +177,47 @@ class MatchingInputs:
 
     def restore(self, value: Tensor) -> Tensor:
         """[T, ...] -> [*leading, ...] in the output dtype."""
-        value = value.to(self.out_dtype)
+        if value.dtype != self.out_dtype:
+            value = value.to(self.out_dtype)
         if len(self.leading) == 1:
             return value
         return value.reshape(*self.leading, *value.shape[1:])
+
+
+def _are_folded(query: Tensor, support: Tensor, labels: Tensor) -> bool:
+    """Whether operands are CPU tensors [T, Q, D], [T, S, D], [T, S] of the dtypes kernels take."""
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(support, Tensor)
+        and isinstance(labels, Tensor)
+        and query.is_cpu
+        and support.is_cpu
+        and labels.is_cpu
+        and query.layout == support.layout == labels.layout == torch.strided
+        and query.dtype in FLOAT_DTYPES
+        and support.dtype == query.dtype
+        and labels.dtype == torch.int64
+        and query.dim() == 3
+        and support.dim() == 3
+    ):
+        return False
+    shape, rows = query.shape, support.shape
+    return shape[0] == rows[0] and shape[2] == rows[2] and labels.shape == rows[:2]
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((1,), value, dtype=dtype, device="cpu")
+
+
+def _may_keep_tensors() -> bool:
+    """Whether a tensor made now is an ordinary one, good for later calls."""
+    return not (
+        is_tracing()
+        or torch.is_inference_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
 
 
 def _scale_tensor(
@@ -157,11 +226,13 @@ def _scale_tensor(
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
+        if device.type == "cpu" and _may_keep_tensors():
+            return _constant(float(scale), dtype)
         return torch.full((1,), float(scale), dtype=dtype, device=device)
     check_float_tensor(function, "scale", scale)
     if scale.device != device:
         fail(ValueError, function, "scale", f"on {device}, like query", scale.device)
-    return scale.to(dtype)
+    return scale if scale.dtype == dtype else scale.to(dtype)
 
 
 def mask_labels(
