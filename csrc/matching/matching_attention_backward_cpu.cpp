@@ -6,6 +6,8 @@
 // the tile is in the L1 cache it gives both gradients: rows of grad_query and of grad_support. The
 // parts along a vector itself (cosine, squared euclidean) are collected as one number per row.
 //
+// Classes too large for a block are measured by a pass before (matching_cpu_exact.h).
+//
 // Floor: 3 T*Q*S*D multiply-adds. Never [Q, S] in memory.
 //
 // A job is a task, or, where tasks are few, a chunk of the larger of S and Q; the gradient of the
@@ -13,24 +15,25 @@
 // on shapes only, so results do not depend on the number of threads. Sums over supports have three
 // levels: block, chunk, all.
 #include "matching/matching_attention.h"
-#include "matching/matching_cpu_gradient.h"
+#include "matching/matching_cpu_exact.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
 namespace {
 
-thread_local Scratch call_scratch, job_scratch;
+thread_local Scratch call_scratch, exact_scratch, job_scratch;
 
 struct Plan {
   const Backward* args;
   int64_t chunks;
   bool split_queries;  // else supports
-  int64_t* order;      // [T, S] when chunks > 1
+  int64_t* order;      // [T, S], when chunks > 1 or tasks are large
   int64_t* start;      // [T, C + 1]
   void* grad_sum;      // [T, lanes] sum of G over supported classes, when supports are split
   void* partial;       // [T, chunks, Q or S, D]
   void* weight;        // [T, chunks, D], additive
   double* scale;       // [T, chunks]
+  Exact exact;
 };
 
 // A job under way: the memory it works in and where its gradients go.
@@ -44,7 +47,7 @@ struct Job {
   const Problem& p;
   const Task<S> task;
   const int64_t t, k;  // task and chunk
-  const bool nll, additive, whole, by_query;
+  const bool nll, additive, whole, by_query, by_rows;
   const Panels<A> panels;
   int64_t first, last;  // panels
   const int64_t *order, *start;
@@ -77,6 +80,7 @@ struct Job {
         additive(p.similarity == Similarity::kAdditive),
         whole(plan_.chunks == 1),
         by_query(!whole && plan_.split_queries),
+        by_rows(scores_by_rows<S>(p)),
         panels(p.num_queries) {
     first = by_query ? panels.count * k / plan.chunks : 0;
     last = by_query ? panels.count * (k + 1) / plan.chunks : panels.count;
@@ -108,10 +112,12 @@ struct Job {
     const int64_t query_copied = copies_rows<S>(dim) ? group_lanes * stride : 0;
     const int64_t half_rows = kIsHalf<S> ? group_lanes * dim : 0;
     const int64_t half_supports = kIsHalf<S> ? slots * dim : 0;
-    const int64_t own_rows = whole ? p.num_supports : 0,
-                  own_classes = whole ? p.num_classes + 1 : 0;
+    const bool sorts = plan.order == nullptr;
+    const int64_t own_rows = sorts ? p.num_supports : 0,
+                  own_classes = sorts ? p.num_classes + 1 : 0;
     scratch.reset(Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
-                  Scratch::size_of<GradientPanel<A>>(group) + Block<S>::bytes(slots, dim) +
+                  Scratch::size_of<GradientPanel<A>>(group) +
+                  Block<S>::bytes(slots, dim, copies_rows<S>(dim)) +
                   2 * Scratch::size_of<A>(capacity * kMaxLanes) +
                   Scratch::size_of<A>(group_lanes * dim) +
                   Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
@@ -119,15 +125,17 @@ struct Job {
                   Scratch::size_of<A>(half_supports) + Scratch::size_of<A>(additive ? dim : 0) +
                   Scratch::size_of<IntVec<A>>(group_lanes / kW) + Scratch::size_of<Vec<A>>(slots) +
                   2 * Scratch::size_of<A*>(group_lanes) + Scratch::size_of<A*>(slots));
-    if (whole) {
+    if (sorts) {
       int64_t* own_order = scratch.take<int64_t>(own_rows);
       int64_t* own_start = scratch.take<int64_t>(own_classes);
       end = sort_by_class(task.labels, p.num_supports, p.num_classes, own_order, own_start);
       order = own_order;
       start = own_start;
+    } else if (whole) {
+      end = start[p.num_classes];
     }
     panel = scratch.take<GradientPanel<A>>(group);
-    block.allocate(scratch, slots, dim);
+    block.allocate(scratch, slots, dim, copies_rows<S>(dim));
     tile = scratch.take<A>(capacity * kMaxLanes);
     weights = scratch.take<A>(capacity * kMaxLanes);
     packed = scratch.take<A>(group_lanes * dim);
@@ -180,7 +188,11 @@ struct Job {
       }
       if (begin == end) zero_row(x.grad[l], dim);
     }
-    pack_panel(p, query, x.count, width, x.packed, x.terms);
+    if (by_rows) {
+      row_terms<A>(p, x.rows, x.count, width, x.terms);
+    } else {
+      pack_panel(p, query, x.count, width, x.packed, x.terms);
+    }
     const int64_t row = t * p.num_queries + x.query;
     const A* grad = static_cast<const A*>(args.grad) + row * (nll ? 1 : classes);
     const A* out = static_cast<const A*>(args.out) + row * (nll ? 1 : classes);
@@ -189,6 +201,10 @@ struct Job {
       const int64_t* wanted = task.targets + x.query;
       load_targets<A>(wanted, classes, x.count, width, x.targets);
       target_tables<A>(grad, out, lse, wanted, classes, x.count, width, x.off, x.amplitude);
+      for (int64_t e = 0; e < plan.exact.entries && start[classes] > kWholeRows; ++e) {
+        normalise<A>(plan.exact, t, e, panels.lanes(), x.query, width, x.off + e * width,
+                     x.amplitude + e * width);
+      }
       return;
     }
     const A* sums = grad_sum;
@@ -198,6 +214,12 @@ struct Job {
       sum_gradients<A>(grad, start, classes, x.count, width, grad_sum);
     }
     class_tables<A>(grad, out, lse, sums, classes, c0, c1, x.count, width, x.off, x.amplitude);
+    int64_t entry = plan.exact.entries > 0 ? count_large(start, 0, c0) : 0;
+    for (int64_t c = c0; c < c1 && plan.exact.entries > 0; ++c) {
+      if (!is_large(start, c)) continue;
+      normalise<A>(plan.exact, t, entry++, panels.lanes(), x.query, width, x.off + (c - c0) * width,
+                   x.amplitude + (c - c0) * width);
+    }
   }
 
   void close_panel(const GradientPanel<A>& x) {
@@ -257,7 +279,11 @@ struct Job {
     double scale_sum = 0;
     with_vectors(x.vectors, [&](auto nv) {
       constexpr int kNV = decltype(nv)::value;
-      score_block<A, kNV>(supports, n, x.packed, p.dim, task.weight, finish, tile);
+      if (by_rows) {
+        score_rows<A, kNV>(supports, n, x.rows, x.count, p.dim, finish, tile);
+      } else {
+        score_block<A, kNV>(supports, n, x.packed, p.dim, task.weight, finish, tile);
+      }
       if (nll) {
         const bool all = at == 0 && n == start[p.num_classes];
         target_weights<A, kNV>(x, start, first_class, at, n, all, factor, tile, weights);
@@ -327,6 +353,40 @@ void run_job(const Plan& plan, int64_t index) {
   Job<S>(plan, index).run(index);
 }
 
+// Maxima and sums of what blocks will cut, where there is such a class (for nll, task).
+template <class S>
+void measure(Plan* plan, ParallelFor par) {
+  using A = Acc<S>;
+  const Problem& p = plan->args->problem;
+  const Panels<A> panels(p.num_queries);
+  Exact& exact = plan->exact;
+  for (int64_t t = 0; t < p.num_tasks; ++t) {
+    const int64_t* start = plan->start + t * (p.num_classes + 1);
+    const int64_t entries = p.targets == nullptr ? count_large(start, 0, p.num_classes)
+                            : start[p.num_classes] > kWholeRows ? 2
+                                                                : 0;
+    exact.entries = max_of(exact.entries, entries);
+  }
+  if (exact.entries == 0) return;
+  // A task in parts, unless there are jobs enough or many sums to keep.
+  constexpr int64_t kParts = 8, kPartRows = 4096, kSums = 64;
+  const int64_t parts = min_of(min_of(kParts, p.num_supports / kPartRows), kSums / exact.entries);
+  exact.parts = p.num_tasks >= kJobs / 4 ? 1 : max_of<int64_t>(1, parts);
+  const int64_t size = p.num_tasks * exact.parts * exact.entries * 2 * panels.lanes();
+  exact_scratch.reset(Scratch::size_of<A>(size));
+  exact.values = exact_scratch.take<A>(size);
+  const int64_t jobs = p.num_tasks * panels.count * exact.parts;
+  par(
+      jobs, max_of<int64_t>(1, kSerialWork / (p.num_tasks * task_work(p) / jobs + 1)),
+      [](void* context, int64_t begin, int64_t end) {
+        const Plan& x = *static_cast<const Plan*>(context);
+        for (int64_t j = begin; j < end; ++j) {
+          measure_classes<S>(x.args->problem, x.exact, x.order, x.start, j, job_scratch);
+        }
+      },
+      plan);
+}
+
 template <class S>
 void run(const Backward& args, ParallelFor par) {
   using A = Acc<S>;
@@ -341,14 +401,17 @@ void run(const Backward& args, ParallelFor par) {
     return;
   }
   const Panels<A> panels(p.num_queries);
-  Plan plan{&args,   1,      p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr,
-            nullptr, nullptr};
+  Plan plan{&args,   1, p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr, nullptr,
+            nullptr, {}};
   plan.chunks = gradient_chunks<A>(p, plan.split_queries, panels.count);
-  if (plan.chunks > 1) {
+  const bool large = p.num_supports > kWholeRows;
+  if (plan.chunks > 1 || large) {
     const int64_t rows = tasks * p.num_supports, starts = tasks * (p.num_classes + 1);
     const int64_t jobs = tasks * plan.chunks;
-    const bool sums = p.targets == nullptr && !plan.split_queries;
-    const int64_t partial = jobs * (plan.split_queries ? p.num_supports : p.num_queries) * p.dim;
+    const bool split = plan.chunks > 1;
+    const bool sums = split && p.targets == nullptr && !plan.split_queries;
+    const int64_t private_rows = plan.split_queries ? p.num_supports : p.num_queries;
+    const int64_t partial = split ? jobs * private_rows * p.dim : 0;
     call_scratch.reset(Scratch::size_of<int64_t>(rows) + Scratch::size_of<int64_t>(starts) +
                        Scratch::size_of<A>(partial) + Scratch::size_of<double>(jobs) +
                        Scratch::size_of<A>(jobs * p.dim) +
@@ -390,6 +453,7 @@ void run(const Backward& args, ParallelFor par) {
           &plan);
     }
   }
+  if (large) measure<S>(&plan, par);
   const int64_t work = 3 * task_work(p) / plan.chunks;
   par(
       tasks * plan.chunks, max_of<int64_t>(1, kSerialWork / work),

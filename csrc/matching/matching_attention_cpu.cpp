@@ -37,7 +37,8 @@ template <class A>
 struct Panel {
   int vectors, count;  // width; queries in it
   int64_t query;       // the first of them
-  A* packed;
+  A* packed;           // or, where scores are made by rows, its rows
+  const A** rows;
   A* terms;
   A* field[kFields];
   A *run_maximum, *run_sum;  // of the class under way
@@ -206,12 +207,15 @@ void run_job(const Plan& plan, int64_t index) {
   const int64_t rows = block_rows<A>(p.num_supports, p.dim);
   constexpr int kMaxLanes = kMaxVectors * kWidth<A>;
 
+  const bool by_rows = scores_by_rows<S>(p), copy = copies_rows<S>(p.dim) && !by_rows;
+  const int64_t packed_size = by_rows ? 0 : lanes * p.dim;
   Scratch& scratch = job_scratch;
   const int64_t sort_rows = whole ? p.num_supports : 0,
                 sort_classes = whole ? p.num_classes + 1 : 0;
   scratch.reset(Scratch::size_of<int64_t>(sort_rows) + Scratch::size_of<int64_t>(sort_classes) +
-                Scratch::size_of<Panel<A>>(last - first) + Block<S>::bytes(rows, p.dim) +
-                Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(lanes * p.dim) +
+                Scratch::size_of<Panel<A>>(last - first) + Block<S>::bytes(rows, p.dim, copy) +
+                Scratch::size_of<A>(rows * kMaxLanes) + Scratch::size_of<A>(packed_size) +
+                Scratch::size_of<const A*>(lanes) +
                 Scratch::size_of<A>(lanes * (3 + kFields + kClassBuffer)) +
                 Scratch::size_of<IntVec<A>>(lanes / kWidth<A>) +
                 Scratch::size_of<int64_t>((last - first) * kClassBuffer));
@@ -227,9 +231,10 @@ void run_job(const Plan& plan, int64_t index) {
   }
   Panel<A>* panel = scratch.take<Panel<A>>(last - first);
   Block<S> block;
-  block.allocate(scratch, rows, p.dim);
+  block.allocate(scratch, rows, p.dim, copy);
   A* tile = scratch.take<A>(rows * kMaxLanes);
-  A* packed = scratch.take<A>(lanes * p.dim);
+  A* packed = scratch.take<A>(packed_size);
+  const A** query_rows = scratch.take<const A*>(lanes);
   A* arrays = scratch.take<A>(lanes * (3 + kFields + kClassBuffer));
   IntVec<A>* targets = scratch.take<IntVec<A>>(lanes / kWidth<A>);
   int64_t* ids = scratch.take<int64_t>((last - first) * kClassBuffer);
@@ -247,7 +252,8 @@ void run_job(const Plan& plan, int64_t index) {
     const int64_t width = x.vectors * kWidth<A>, begin = panels.begin(i);
     x.query = begin;
     x.count = static_cast<int>(min_of(width, p.num_queries - begin));
-    x.packed = packed + (begin - lane0) * p.dim;
+    x.packed = by_rows ? nullptr : packed + (begin - lane0) * p.dim;
+    x.rows = query_rows + (begin - lane0);
     x.terms = take(width);
     x.run_maximum = take(width);
     x.run_sum = take(width);
@@ -269,7 +275,15 @@ void run_job(const Plan& plan, int64_t index) {
       load_targets<A>(task.targets + begin, p.num_classes, x.count, static_cast<int>(width),
                       x.targets);
     }
-    pack_panel(p, task.query + begin * p.dim, x.count, static_cast<int>(width), x.packed, x.terms);
+    const S* query = task.query + begin * p.dim;
+    if constexpr (!kIsHalf<S>) {
+      for (int l = 0; by_rows && l < x.count; ++l) x.rows[l] = query + l * p.dim;
+    }
+    if (by_rows) {
+      row_terms<A>(p, x.rows, x.count, static_cast<int>(width), x.terms);
+    } else {
+      pack_panel(p, query, x.count, static_cast<int>(width), x.packed, x.terms);
+    }
   }
   const A factor = task.scale * Const<A>::kLog2e;
   const Chunk& chunk = job.chunk;
@@ -292,7 +306,11 @@ void run_job(const Plan& plan, int64_t index) {
                              needs_norms(p.similarity) ? x.terms : nullptr, factor};
       with_vectors(x.vectors, [&](auto nv) {
         constexpr int kNV = decltype(nv)::value;
-        score_block<A, kNV>(block.rows, n, x.packed, p.dim, task.weight, finish, tile);
+        if (by_rows) {
+          score_rows<A, kNV>(block.rows, n, x.rows, x.count, p.dim, finish, tile);
+        } else {
+          score_block<A, kNV>(block.rows, n, x.packed, p.dim, task.weight, finish, tile);
+        }
         job.template process<kNV>(x, begin, n, first_class, tile);
       });
     }
@@ -341,11 +359,11 @@ void run(const Forward& args, ParallelFor par) {
   const int64_t wanted = jobs_per_task(p);
   plan.chunks = max_of<int64_t>(1, min_of(wanted, p.num_supports / 256));
   plan.panel_jobs = min_of(panels.count, ceil_div(wanted, plan.chunks));
-  // Few supports stay in the cache while panel after panel passes by them; many are taken block by
-  // block past all panels of a job.
+  // Few supports stay in the cache while panel after panel passes by them, and are worth a job for
+  // a few panels; many are taken block by block past all panels of a job.
   if (plan.chunks == 1 &&
       p.num_supports * p.dim * static_cast<int64_t>(sizeof(A)) <= kResidentBytes) {
-    plan.panel_jobs = panels.count;
+    plan.panel_jobs = min_of(panels.count, ceil_div(kJobs, p.num_tasks));
   }
   const int64_t jobs = p.num_tasks * plan.panel_jobs * plan.chunks;
   if (plan.chunks > 1) {

@@ -4,7 +4,7 @@
 
 #include "common/class_order.h"
 #include "common/scratch.h"
-#include "matching/matching_cpu_tiles.h"
+#include "matching/matching_cpu_rows.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
@@ -66,9 +66,6 @@ static inline int64_t class_at(const int64_t* start, int64_t num_classes, int64_
   return low;
 }
 
-// Classes up to this size are never cut in the backward, by block or by chunk.
-constexpr int64_t kWholeRows = 256;
-
 // Where chunk `index` of the sorted supports begins: not within a class of at most kWholeRows.
 static inline int64_t chunk_begin(const int64_t* start, int64_t num_classes, int64_t index,
                                   int64_t chunks) {
@@ -89,6 +86,20 @@ static inline int64_t block_size(const int64_t* start, int64_t num_classes, int6
   const int64_t size = start[c + 1] - start[c];
   if (start[c + 1] == at + n || size > kWholeRows) return n;
   return start[c] > at ? start[c] - at : size;
+}
+
+// Calls f(class, first row, one past its last row) for the classes among sorted supports [begin,
+// begin + n), rows counted from begin.
+template <class F>
+static void for_classes(const int64_t* start, int64_t first_class, int64_t begin, int64_t n,
+                        const F& f) {
+  int64_t c = first_class;
+  for (int64_t i = begin; i < begin + n; ++c) {
+    const int64_t end = min_of(start[c + 1], begin + n);
+    if (end <= i) continue;
+    f(c, i - begin, end - begin);
+    i = end;
+  }
 }
 
 template <class A>
@@ -142,6 +153,15 @@ static void pack_panel(const Problem& p, const S* query, int count, int lanes, A
   }
 }
 
+// Norm terms of queries read as rows, 0 in the lanes past count.
+template <class A>
+static void row_terms(const Problem& p, const A* const* rows, int count, int lanes, A* terms) {
+  if (!needs_norms(p.similarity)) return;
+  for (int l = 0; l < lanes; ++l) {
+    terms[l] = l < count ? norm_term(p.similarity, squared_norm(rows[l], p.dim)) : A(0);
+  }
+}
+
 // Rows are read in place, or copied to rows of this many elements: 16-bit types to convert them,
 // and rows a large power of two apart because they would compete for the same few sets of the L1
 // cache.
@@ -159,14 +179,14 @@ static int64_t copy_stride(int64_t dim) {
 template <class S>
 struct Block {
   using A = Acc<S>;
-  static int64_t bytes(int64_t rows, int64_t dim) {
+  static int64_t bytes(int64_t rows, int64_t dim, bool copy) {
     return Scratch::size_of<const A*>(rows) + Scratch::size_of<A>(rows) +
-           (copies_rows<S>(dim) ? Scratch::size_of<A>(rows * copy_stride<S>(dim)) : 0);
+           (copy ? Scratch::size_of<A>(rows * copy_stride<S>(dim)) : 0);
   }
-  void allocate(Scratch& scratch, int64_t capacity, int64_t dim) {
+  void allocate(Scratch& scratch, int64_t capacity, int64_t dim, bool copy) {
     rows = scratch.take<const A*>(capacity);
     terms = scratch.take<A>(capacity);
-    copies = copies_rows<S>(dim) ? scratch.take<A>(capacity * copy_stride<S>(dim)) : nullptr;
+    copies = copy ? scratch.take<A>(capacity * copy_stride<S>(dim)) : nullptr;
   }
   // Rows order[0..count) of `support` to slots from `slot` on.
   void gather(const Problem& p, const S* support, const int64_t* order, int64_t count,

@@ -117,20 +117,6 @@ static Vec<A> table_value(const SecondPanel<A>& x, const A* table, bool nll, int
   return hit ? load(table + kL + v * kW) : load(table + v * kW);
 }
 
-// Calls f(class, first row, one past its last row) for the classes among sorted supports [begin,
-// begin + n), rows counted from begin.
-template <class F>
-static void for_classes(const int64_t* start, int64_t first_class, int64_t begin, int64_t n,
-                        const F& f) {
-  int64_t c = first_class;
-  for (int64_t i = begin; i < begin + n; ++c) {
-    const int64_t end = min_of(start[c + 1], begin + n);
-    if (end <= i) continue;
-    f(c, i - begin, end - begin);
-    i = end;
-  }
-}
-
 // First pass: adds the block's part of m per class (nll: of the target, and of all others together)
 // to the table `one`.
 template <class A, int NV>

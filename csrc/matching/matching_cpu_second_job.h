@@ -130,8 +130,8 @@ struct SecondJob {
     const int64_t half_queries = kIsHalf<S> ? group_lanes * dim : 0;
     const int64_t half_supports = kIsHalf<S> ? slots * dim : 0;
     const int64_t array = group_lanes * (5 + 4 * classes);
-    scratch.reset(2 * Block<S>::bytes(slots, dim) + Scratch::size_of<A>(slots) +
-                  4 * Scratch::size_of<A>(tile_rows * kMaxLanes) +
+    scratch.reset(2 * Block<S>::bytes(slots, dim, copies_rows<S>(dim)) +
+                  Scratch::size_of<A>(slots) + 4 * Scratch::size_of<A>(tile_rows * kMaxLanes) +
                   Scratch::size_of<SecondPanel<A>>(group) +
                   2 * Scratch::size_of<A>(group_lanes * dim) + Scratch::size_of<A>(array) +
                   2 * Scratch::size_of<A>(copied) + Scratch::size_of<A>(half_queries) +
@@ -139,8 +139,8 @@ struct SecondJob {
                   Scratch::size_of<A>(dim) + Scratch::size_of<IntVec<A>>(group_lanes / kW) +
                   2 * Scratch::size_of<Vec<A>>(slots) + 3 * Scratch::size_of<A*>(group_lanes) +
                   Scratch::size_of<A*>(slots));
-    block.allocate(scratch, slots, dim);
-    block_dot.allocate(scratch, slots, dim);
+    block.allocate(scratch, slots, dim, copies_rows<S>(dim));
+    block_dot.allocate(scratch, slots, dim, copies_rows<S>(dim));
     row_stretch = scratch.take<A>(slots);
     for (A*& tile : tiles) tile = scratch.take<A>(tile_rows * kMaxLanes);
     panel = scratch.take<SecondPanel<A>>(group);

@@ -199,6 +199,20 @@ struct Finish {
   A factor;
 };
 
+// Of the inner sums of support `row` of the block with the queries from `lane` on.
+template <class A, Inner kInner>
+FASTMETA_INLINE Vec<A> finish_score(Vec<A> x, const Finish<A>& finish, int64_t row, int lane) {
+  if constexpr (kInner == Inner::kDifference) {
+    x = -vsqrt<A>(x);
+  } else if (finish.similarity == Similarity::kCosine) {
+    x = x * finish.row[row] * load(finish.lane + lane);
+  } else if (finish.similarity == Similarity::kSqEuclidean) {
+    // Rounding must not turn a distance negative; NaN passes as the second operand.
+    x = -vmax<A>(Vec<A>{}, (load(finish.lane + lane) + finish.row[row]) - A(2) * x);
+  }
+  return x * finish.factor;
+}
+
 template <class A, Inner kInner, int NV, int MR>
 static inline void score_tile(const A* const* rows, const A* panel, int64_t begin, int64_t end,
                               bool last, const Finish<A>& finish, int64_t r0, A* tile) {
@@ -240,27 +254,11 @@ static inline void score_tile(const A* const* rows, const A* panel, int64_t begi
     }
   }
   if (last) {
-    Vec<A> lane[NV] = {};
-    if constexpr (kInner == Inner::kProduct) {
-      if (finish.lane != nullptr) {
-        FASTMETA_UNROLL
-        for (int v = 0; v < NV; ++v) lane[v] = load(finish.lane + v * kW);
-      }
-    }
     FASTMETA_UNROLL
     for (int r = 0; r < MR; ++r) {
       FASTMETA_UNROLL
       for (int v = 0; v < NV; ++v) {
-        Vec<A> x = sum[r][v];
-        if constexpr (kInner == Inner::kDifference) {
-          x = -vsqrt<A>(x);
-        } else if (finish.similarity == Similarity::kCosine) {
-          x = x * finish.row[r0 + r] * lane[v];
-        } else if (finish.similarity == Similarity::kSqEuclidean) {
-          // Rounding must not turn a distance negative; NaN passes as the second operand.
-          x = -vmax<A>(Vec<A>{}, (lane[v] + finish.row[r0 + r]) - A(2) * x);
-        }
-        sum[r][v] = x * finish.factor;
+        sum[r][v] = finish_score<A, kInner>(sum[r][v], finish, r0 + r, v * kW);
       }
     }
   }
