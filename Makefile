@@ -106,7 +106,7 @@ test-pure: build
 
 cuda-report: build
 	$(call say, every .cu through nvcc)
-	@$(BIN)/python tools/cuda_report.py $(if $(CHECK),--check)
+	@$(BIN)/python tools/cuda_report.py $(if $(CHECK),--check) $(if $(WRITE),--write)
 
 lint: $(VENV)/.dev
 	$(call say, ruff)

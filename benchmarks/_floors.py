@@ -3,8 +3,8 @@
 Three measured numbers: the peak rate of fused multiply-adds (a loop over registers, compiled on
 the spot), the rate of torch's matrix product (what most code can hope for), and the bandwidth of a
 triad ``c = a + b`` whose arrays together are as large as the workload's traffic, so that small
-workloads are held against the cache they live in. On CUDA the peak is that of torch's large float32
-matrix product without TF32.
+workloads are held against the cache they live in. On CUDA the peak is that of torch's large matrix
+product: without TF32 in float32, on tensor cores in 16-bit types.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def fma_peak(threads: int) -> float | None:
 
 
 @functools.cache
-def gemm_peak(device: str, threads: int) -> float:
-    """Rate of torch's float32 matrix product, FLOP/s."""
+def gemm_peak(device: str, threads: int, dtype: str = "float32") -> float:
+    """Rate of torch's matrix product, FLOP/s."""
     size = 4096 if device == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device)
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
 
     def work() -> None:
         for _ in range(4):
@@ -134,9 +134,14 @@ def bandwidth(device: str, threads: int, size: float) -> float:
     return _triad(device, threads, log2_bytes)
 
 
-def floor_seconds(device: str, threads: int, flops: float, size: float) -> float:
-    """No program can be faster: arithmetic at the peak, or the least traffic at the bandwidth."""
-    peak = gemm_peak(device, threads)
+def floor_seconds(
+    device: str, threads: int, flops: float, size: float, dtype: str = "float32"
+) -> float:
+    """No program can be faster: arithmetic at the peak, or the least traffic at the bandwidth.
+
+    On the CPU in any ``dtype`` by float32's peak; a GPU has a peak for each.
+    """
+    peak = gemm_peak(device, threads, dtype if device == "cuda" else "float32")
     if device == "cpu":
         peak = max(peak, fma_peak(threads) or 0.0)
     return max(flops / peak, size / bandwidth(device, threads, size))

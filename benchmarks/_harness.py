@@ -235,7 +235,9 @@ def summarise(options: argparse.Namespace, case: Case, results: list[Result]) ->
     eager = min((r for r in peers if r.kind == "eager"), key=lambda r: r.median, default=None)
     floor = 0.0  # not measured for tiny shapes
     if not options.quick:
-        floor = _floors.floor_seconds(options.device, options.threads, case.flops, case.traffic)
+        floor = _floors.floor_seconds(
+            options.device, options.threads, case.flops, case.traffic, options.dtype
+        )
     rows = [
         {
             "name": r.name,

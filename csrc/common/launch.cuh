@@ -40,6 +40,18 @@ inline void check(const char* what, cudaError_t status) {
 }
 #endif
 
+// Whether the current device multiplies bfloat16 and TF32 on tensor cores: sm_80 and later.
+inline bool has_tensor_cores() {
+#if defined(CUEMU)
+  return ::cuemu::options().tensor_cores;
+#else
+  int device = 0, major = 0;
+  check("device", cudaGetDevice(&device));
+  check("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 8;
+#endif
+}
+
 // Launches on `stream` and checks the launch; neither waits for the device. No blocks, no launch.
 template <class... Params>
 void launch(const char* what, void (*kernel)(Params...), const Geometry& geometry, void* stream,

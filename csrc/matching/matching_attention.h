@@ -65,7 +65,8 @@ struct Problem {
   const void* scale;       // acc, [T] or, with scale_stride 0, [1]
   int64_t scale_stride;    // 1 or 0
   const void* weight;  // acc, [T, D] or, with weight_stride 0, [1, D]; additive only, else nullptr
-  int64_t weight_stride;  // D or 0
+  int64_t weight_stride;    // D or 0
+  bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
 };
 
 struct Forward {

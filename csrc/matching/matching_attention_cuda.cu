@@ -77,12 +77,16 @@ ProblemParams<scalar_t> prepare(const Problem& p, const Sorted& sorted, const Wo
   return params;
 }
 
-// Calls body(Product{}) for what the similarity sums up over the features.
-template <class Body>
-void dispatch_product(Similarity similarity, Body&& body) {
-  switch (similarity) {
+// Calls body(Product{}) for what the similarity sums up over the features, and with what.
+template <class scalar_t, class Body>
+void dispatch_product(const Problem& p, Body&& body) {
+  switch (p.similarity) {
     case Similarity::kDot:
     case Similarity::kCosine:
+      if constexpr (!std::is_same_v<scalar_t, double>) {
+        const bool rounds = std::is_same_v<scalar_t, float>;  // to TF32
+        if ((p.allow_tf32 || !rounds) && has_tensor_cores()) return body(TensorDot{});
+      }
       return body(DotProduct{});
     case Similarity::kSqEuclidean:
     case Similarity::kEuclidean:
@@ -91,7 +95,15 @@ void dispatch_product(Similarity similarity, Body&& body) {
       return body(WeightedTanh{});
   }
   throw std::runtime_error("fastmeta: unknown similarity " +
-                           std::to_string(static_cast<int>(similarity)));
+                           std::to_string(static_cast<int>(p.similarity)));
+}
+
+// Slices that a backward block takes: as many as leave kEnoughBlocks, two a multiprocessor on the
+// largest GPUs.
+int backward_slices(int64_t row_blocks, int64_t slices) {
+  constexpr int64_t kEnoughBlocks = 256;
+  const int64_t parts = ceil_div(kEnoughBlocks, std::max<int64_t>(1, row_blocks));
+  return static_cast<int>(ceil_div(slices, std::min(parts, slices)));
 }
 
 template <class scalar_t>
@@ -104,10 +116,12 @@ void run_forward(const Forward& args, const Sorted& sorted, void* workspace, voi
   params.query_blocks = row_blocks(p.num_queries);
   params.out = static_cast<acc*>(args.out);
   params.lse = static_cast<acc*>(args.lse);
-  dispatch_product(p.similarity, [&](auto product) {
-    launch("matching_attention", forward_kernel<scalar_t, decltype(product)>,
-           geometry(p.num_tasks * params.query_blocks, kThreads, sizeof(ForwardShared<acc>)),
-           stream, params);
+  dispatch_product<scalar_t>(p, [&](auto product) {
+    using Product = decltype(product);
+    launch(
+        "matching_attention", forward_kernel<scalar_t, Product>,
+        geometry(p.num_tasks * params.query_blocks, kThreads, sizeof(ForwardShared<Product, acc>)),
+        stream, params);
   });
 }
 
@@ -137,20 +151,29 @@ void run_backward(const Backward& args, const Sorted& sorted, void* workspace, v
   launch("matching_attention_backward: sums of grad", grad_sum_kernel<acc>,
          geometry(ceil_div(sizes.grad_sum, kRowsPerBlock), kThreads), stream, params.grad,
          sorted.class_start, p.num_tasks, p.num_queries, p.num_classes, grad_sum);
-  dispatch_product(p.similarity, [&](auto product) {
+  dispatch_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
-    constexpr int kFeatures = kSlice<Product, acc>;
-    params.slices = std::max<int64_t>(1, ceil_div(p.dim, kFeatures));  // D = 0 has scores to sum
-    const auto launch_side = [&](auto kernel, int64_t rows, void* grad_rows) {
+    // One where D = 0, for the sums over rows.
+    params.slices = static_cast<int>(std::max<int64_t>(1, ceil_div(p.dim, kSlice<Product, acc>)));
+    const auto launch_side = [&](auto kernel, int64_t rows, int64_t others, void* grad_rows) {
+      const int64_t tiles = ceil_div(others, kTile);
+      const bool keeps = params.slices > 1 && tiles <= kMaxTiles<acc>;
       params.row_blocks = row_blocks(rows);
+      params.tiles = keeps ? static_cast<int>(std::max<int64_t>(1, tiles)) : 1;
+      params.block_slices =
+          keeps ? backward_slices(p.num_tasks * params.row_blocks, params.slices) : 1;
+      params.parts = (params.slices + params.block_slices - 1) / params.block_slices;
       params.grad_rows = static_cast<scalar_t*>(grad_rows);
       launch("matching_attention_backward", kernel,
-             geometry(p.num_tasks * params.row_blocks * params.slices, kThreads,
-                      sizeof(BackwardShared<acc, kFeatures>)),
+             geometry(p.num_tasks * params.row_blocks * params.parts, kThreads,
+                      sizeof(BackwardShared<Product, acc>) +
+                          params.tiles * sizeof(SlopeTile<Product, acc>)),
              stream, params);
     };
-    launch_side(backward_kernel<scalar_t, Product, true>, p.num_queries, args.grad_query);
-    launch_side(backward_kernel<scalar_t, Product, false>, p.num_supports, args.grad_support);
+    launch_side(backward_kernel<scalar_t, Product, true>, p.num_queries, p.num_supports,
+                args.grad_query);
+    launch_side(backward_kernel<scalar_t, Product, false>, p.num_supports, p.num_queries,
+                args.grad_support);
   });
 
   const auto launch_sum = [&](const acc* partial, int64_t width, void* sum) {

@@ -11,15 +11,17 @@
 //   C for out, which nll does not have; b bytes a scalar
 // - FLOPs: 2 * Q * S * D for dot products, 3 for differences, a tanh more for additive, and one
 //   exp a pair
-// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100); few-shot sizes
-//   by the number of blocks, T * ceil(Q / 64): one a multiprocessor from T = 64 on
-// - shared memory: 28 KB in float32 and 16-bit types, so two blocks a multiprocessor on every
+// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100), on tensor cores
+// by
+//   L2 and from D = 64 down by the exps (a sixteenth of the FP32 rate); few-shot sizes by the
+//   number of blocks, T * ceil(Q / 64): one a multiprocessor from T = 64 on
+// - shared memory: 28 or 30 KB in float32 and 16-bit types, so two blocks a multiprocessor on every
 //   architecture; 54 KB in float64, one block where 64 or 100 KB are all there is
 // - banks: scores have pitch 68: 16-byte stores by neighbouring lanes, and reads of 8 rows x 4
 //   columns a warp that touch 32 different banks
 // - divergence: all threads follow the same classes, so branches on classes are uniform
 #pragma once
-#include "matching/matching_tile_kernel.cuh"
+#include "matching/matching_tensor_kernel.cuh"
 
 namespace fastmeta::matching::cuda {
 
@@ -32,9 +34,9 @@ struct ForwardParams {
   acc* lse;
 };
 
-template <class acc>
+template <class Product, class acc>
 struct ForwardShared {
-  Stage<acc> stage;
+  StageOf<Product, acc> stage;
   acc score[kTile][kPitch];
   Side<acc> query, support;
   int64_t cls[kTile];
@@ -71,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     forward_kernel(const __grid_constant__ ForwardParams<scalar_t> params) {
   using acc = acc_t<scalar_t>;
   constexpr int kParts = kThreads / kTile;  // threads of a query when its scores are folded
-  FASTMETA_DYNAMIC_SHARED(ForwardShared<acc>, shared);
+  using Shared = ForwardShared<Product, acc>;
+  FASTMETA_DYNAMIC_SHARED(Shared, shared);
   const ProblemParams<scalar_t>& p = params.problem;
   const int thread = threadIdx.x, ty = thread / kAcross, tx = thread % kAcross;
   const int i = thread / kParts, part = thread % kParts;
@@ -118,14 +121,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
       }
       __syncthreads();
       acc sum[4][4];
-      tile_product<Product>(shared->stage, p.query, shared->query, p.support, shared->support,
-                            weight, p.dim, p.vector, sum);
+      if constexpr (Product::kTensor) {
+        tensor_product(shared->stage, p.query, shared->query, p.support, shared->support, p.dim,
+                       p.vector, sum);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        Pack<acc> score;
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
-        *reinterpret_cast<Pack<acc>*>(&shared->score[ty * 4 + r][tx * 4]) = score;
+          for (int e = 0; e < 4; ++e) {
+            shared->score[tensor_row(e)][tensor_column(kTensorTiles, j, e)] = scale * sum[j][e];
+          }
+        }
+      } else {
+        tile_product<Product>(shared->stage, p.query, shared->query, p.support, shared->support,
+                              weight, p.dim, p.vector, sum);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          Pack<acc> score;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
+          *reinterpret_cast<Pack<acc>*>(&shared->score[ty * 4 + r][tx * 4]) = score;
+        }
       }
       __syncthreads();
 

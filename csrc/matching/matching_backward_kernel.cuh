@@ -7,66 +7,29 @@
 // then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice gradients that
 // live in registers.
 //
-// - slices: a block owns kSlice features of its rows' gradients; blocks of other slices
-//   recompute the scores. That takes any D, at Q * S * D * (slices + 1) multiply-adds instead of
-//   2 * Q * S * D: nothing is repeated at D = 64 (Conv4), and at D = 1600 the slices are what
-//   gives few-shot tasks enough blocks
+// - slices: registers hold kSlice features of the gradients. Where the other side fits in kMaxTiles
+//   tiles, which few-shot tasks do, a block computes its slopes once and then takes slice after
+//   slice, as many as leave blocks enough (backward_slices): Q * S * D * 2 multiply-adds where all
+//   slices are one block's, and Q * S * D * (blocks of a row + 1) else. Longer sides take one slice
+//   a block, and nothing is repeated up to D = kSlice. Either way every sum has the same order
 // - bytes: b * (D + kSlice) for every row a block streams, from L2 where blocks share a task
-// - FLOPs: 2 * Q * S * D * (slices + 1) for dot products, 3 for differences, for each of the two
+// - FLOPs: 4 * Q * S * D for dot products and up, see above; 3 for differences; for each of the two
 //   uses
 // - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100)
-// - shared memory: 29 KB in float32 and 16-bit types: two blocks a multiprocessor on every
-//   architecture; 56 KB in float64, one block where 64 or 100 KB are all there is
+// - tensor cores: scores as in the forward. Gradients are products of TF32: rows of 16-bit types
+//   are exact in it, and dL/dz is split in two terms that keep 22 bits of it, so one float32
+//   product becomes two at 8 times its rate (A100: 156 TFLOP/s). In float32 with TF32 allowed: one
+// - shared memory: 29 KB a tile of slopes in float32 and 16-bit types, 17 KB more for a second one:
+//   two blocks a multiprocessor, but for two tiles on sm_75; 56 KB in float64, one block where 64
+//   or 100 KB are all there is
 // - banks: dL/dz is stored transposed, 16 bytes a lane, four ways in conflict but only twice a
 //   tile, and read at one address by 16 lanes; the streamed rows are stored and read by
-//   neighbouring lanes
+//   neighbouring lanes. The fragments of tensor cores are 4 rows by 8 neighbours, and pitches of 8
+//   modulo 32 spread them over all banks
 #pragma once
-#include "matching/matching_tile_kernel.cuh"
+#include "matching/matching_gradient_kernel.cuh"
 
 namespace fastmeta::matching::cuda {
-
-// Features of a slice: what leaves room for two blocks a multiprocessor by registers in float32,
-// where slopes that depend on the own row keep that row's features as well. float64 has room for
-// one block.
-template <class Product, class acc>
-inline constexpr int kSlice =
-    Product::kSlopeReadsOwn || std::is_same_v<acc, double> ? kTile : 2 * kTile;
-
-template <class scalar_t>
-struct BackwardParams {
-  using acc = acc_t<scalar_t>;
-  ProblemParams<scalar_t> problem;
-  int64_t row_blocks, slices;
-  const acc* __restrict__ grad;
-  const acc* __restrict__ out;
-  const acc* __restrict__ lse;
-  const acc* __restrict__ grad_sum;  // attention: [T * Q], of grad over the classes with support
-  scalar_t* grad_rows;               // of the owned rows
-  acc* scale_partial;                // [T, row_blocks]
-  acc* weight_partial;               // [T, row_blocks, D], additive
-};
-
-// What dL/dz needs of a query. Ignored queries have row -1 and are never read.
-template <class acc>
-struct QueryTerms {
-  acc lse[kTile];
-  acc pull[kTile];        // attention: sum of grad over the classes; nll: grad
-  acc nll[kTile];         // nll
-  int64_t target[kTile];  // nll
-};
-
-template <class acc, int kFeatures>
-struct BackwardShared {
-  union {
-    Stage<acc> stage;
-    alignas(16) acc rows[kDepth][kFeatures];
-  };
-  alignas(16) acc slope[kTile][kPitch];  // [other][own]: dL/dz * slope_factor
-  Side<acc> own, other;
-  QueryTerms<acc> terms;
-  int64_t cls[kTile];  // of the supports, -1 for none
-  acc row_sum[kTile];
-};
 
 // grad_sum[t, q] = sum of grad over the classes that have support: a warp a query.
 template <class acc>
@@ -151,31 +114,89 @@ __device__ __forceinline__ acc score_gradient(const BackwardParams<scalar_t>& pa
   return exp_(relative - log_p) * (params.grad[at] - exp_(log_p) * terms.pull[i]);
 }
 
+// Slopes of a tile of pairs, and the rows' sums of dL/dz * similarity, each thread its patch's
+// share.
+template <bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& params,
+                                            BackwardShared<Product, acc>& shared,
+                                            const Side<acc>& other_side,
+                                            SlopeTile<Product, acc>& tile, acc (&row_sum)[4]) {
+  const ProblemParams<scalar_t>& p = params.problem;
+  const scalar_t* own_rows = kOwnsQueries ? p.query : p.support;
+  const scalar_t* other_rows = kOwnsQueries ? p.support : p.query;
+  const int ty = threadIdx.x / kAcross, tx = threadIdx.x % kAcross;
+  // The sums go through shared memory, so that the loop that turns them into slopes need not be
+  // unrolled: exp and expm1 sixteen times over outgrow the cache.
+  acc sum[4][4];
+  if constexpr (Product::kTensor) {
+    tensor_product(shared.stage, own_rows, shared.own, other_rows, other_side, p.dim, p.vector,
+                   sum);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        tile.slope[tensor_column(kTensorTiles, j, e)][tensor_row(e)] = sum[j][e];
+      }
+    }
+    __syncthreads();  // the sums go to the threads of the patches
+  } else {
+    const acc* weight = Product::kWeighs ? p.weight + shared.task * p.weight_stride : nullptr;
+    tile_product<Product>(shared.stage, own_rows, shared.own, other_rows, other_side, weight, p.dim,
+                          p.vector, sum);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      Pack<acc> column;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) column.v[r] = sum[r][c];
+      *reinterpret_cast<Pack<acc>*>(&tile.slope[tx * 4 + c][ty * 4]) = column;
+    }
+  }
+  const acc scale = p.scale[shared.task * p.scale_stride];
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) {
+    Pack<acc>* patch = reinterpret_cast<Pack<acc>*>(&tile.slope[tx * 4 + c][ty * 4]);
+    Pack<acc> column = *patch;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int own = ty * 4 + r, other = tx * 4 + c;
+      const int query = kOwnsQueries ? own : other, support = kOwnsQueries ? other : own;
+      const int64_t row = (kOwnsQueries ? shared.own : other_side).row[query];
+      const acc similarity = similarity_of(p.similarity, column.v[r]);
+      const acc dz =
+          score_gradient(params, shared.terms, query, row, shared.cls[support], scale * similarity);
+      row_sum[r] += dz * similarity;
+      column.v[r] = dz * slope_factor(p.similarity, column.v[r]);
+      // Rows are exact in TF32, scaled ones would not be.
+      if constexpr (Product::kTensor) column.v[r] *= other_side.factor[other];
+    }
+    *patch = column;
+  }
+}
+
 template <class scalar_t, class Product, bool kOwnsQueries>
 __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     backward_kernel(const __grid_constant__ BackwardParams<scalar_t> params) {
   using acc = acc_t<scalar_t>;
+  using Shared = BackwardShared<Product, acc>;
   constexpr int kFeatures = kSlice<Product, acc>;
-  constexpr int kPatches = kFeatures / kTile;  // 4 x 4 patches of gradients a thread
-  constexpr int kFetches = kDepth * kFeatures / (kThreads * kPack);
-  using Shared = BackwardShared<acc, kFeatures>;
   FASTMETA_DYNAMIC_SHARED(Shared, shared);
+  auto* slopes = reinterpret_cast<SlopeTile<Product, acc>*>(shared + 1);
   const ProblemParams<scalar_t>& p = params.problem;
   const int thread = threadIdx.x, ty = thread / kAcross, tx = thread % kAcross;
   const int64_t num_own = kOwnsQueries ? p.num_queries : p.num_supports;
-  const scalar_t* own_rows = kOwnsQueries ? p.query : p.support;
-  const scalar_t* other_rows = kOwnsQueries ? p.support : p.query;
 
-  const int64_t work_items = p.num_tasks * params.row_blocks * params.slices;
+  const int64_t work_items = p.num_tasks * params.row_blocks * params.parts;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t slice = work % params.slices, row_block = work / params.slices;
-    const int64_t task = row_block / params.row_blocks;
-    const int64_t own0 = row_block % params.row_blocks * kTile;
-    const int64_t feature0 = slice * kFeatures;
-    const acc scale = p.scale[task * p.scale_stride];
-    const acc* weight = p.weight == nullptr ? nullptr : p.weight + task * p.weight_stride;
+    const int64_t row_block = work / params.parts;
+    const int slice0 = static_cast<int>(work % params.parts) * params.block_slices;
 
     __syncthreads();  // the last work item is done with shared memory
+    const int64_t task = row_block / params.row_blocks;
+    const int64_t own0 = row_block % params.row_blocks * kTile;
+    if (thread == 0) {
+      shared->task = task;
+      shared->own0 = own0;
+    }
     bool active = false;
     if (thread < kTile) {
       const int64_t row = own0 + thread < num_own ? task * num_own + own0 + thread : -1;
@@ -191,186 +212,98 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
         kOwnsQueries ? p.class_start[task * (p.num_classes + 1) + p.num_classes] : p.num_queries;
     if (!any_active) num_other = 0;  // padding, or ignored queries: only zeros to write
 
-    acc gradient[4][kPatches * kPack], weight_sum[kPatches * kPack], row_sum[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      row_sum[r] = 0;
-#pragma unroll
-      for (int c = 0; c < kPatches * kPack; ++c) gradient[r][c] = 0;
-    }
-#pragma unroll
-    for (int c = 0; c < kPatches * kPack; ++c) weight_sum[c] = 0;
-
-    for (int64_t other0 = 0; other0 < num_other; other0 += kTile) {
-      if (thread < kTile) {  // nobody looks at the last tile's other side after its last barrier
-        const int64_t position = other0 + thread;
-        const bool exists = position < num_other;
-        if constexpr (kOwnsQueries) {
-          const int64_t* order = p.order + task * p.num_supports;
-          set_support(p, thread, exists ? task * p.num_supports + order[position] : -1,
-                      shared->other, shared->cls);
-        } else {
-          set_query(params, thread, exists ? task * p.num_queries + position : -1, shared->other,
-                    shared->terms);
-        }
-      }
-      __syncthreads();
-
-      acc sum[4][4];
-      tile_product<Product>(shared->stage, own_rows, shared->own, other_rows, shared->other, weight,
-                            p.dim, p.vector, sum);
-      // The sums go through this thread's own patch of the slopes, so that the loop that turns them
-      // into slopes need not be unrolled: exp and expm1 sixteen times over outgrow the cache.
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        Pack<acc> column;
-#pragma unroll
-        for (int r = 0; r < 4; ++r) column.v[r] = sum[r][c];
-        *reinterpret_cast<Pack<acc>*>(&shared->slope[tx * 4 + c][ty * 4]) = column;
-      }
-#pragma unroll 1
-      for (int c = 0; c < 4; ++c) {
-        Pack<acc>* patch = reinterpret_cast<Pack<acc>*>(&shared->slope[tx * 4 + c][ty * 4]);
-        Pack<acc> column = *patch;
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int own = ty * 4 + r, other = tx * 4 + c;
-          const int query = kOwnsQueries ? own : other, support = kOwnsQueries ? other : own;
-          const int64_t row = (kOwnsQueries ? shared->own : shared->other).row[query];
-          const acc similarity = similarity_of(p.similarity, column.v[r]);
-          const acc dz = score_gradient(params, shared->terms, query, row, shared->cls[support],
-                                        scale * similarity);
-          row_sum[r] += dz * similarity;
-          column.v[r] = dz * slope_factor(p.similarity, column.v[r]);
-        }
-        *patch = column;
-      }
-
-      // Own features, where the slope depends on them: read anew for every tile (from L1), because
-      // kept through tile_product they would cost the second block a multiprocessor.
-      acc own_value[4][kPatches * kPack];
-      if constexpr (Product::kSlopeReadsOwn) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-#pragma unroll
-          for (int patch = 0; patch < kPatches; ++patch) {
-            acc value[kPack];
-            fetch_pack<false>(own_rows, shared->own.row[ty * 4 + r], acc(1),
-                              feature0 + patch * kTile + tx * kPack, p.dim, p.vector, value);
-#pragma unroll
-            for (int c = 0; c < kPack; ++c) own_value[r][patch * kPack + c] = value[c];
+    // Others in tile k of the other side; tiles are counted in 32 bits, which is rows in 37.
+    const auto count_of = [&](int k) {
+      const int64_t count = num_other - int64_t{k} * kTile;
+      return static_cast<int>(count < kTile ? count : int64_t{kTile});
+    };
+    Gradient<Product, acc> gradient;
+    acc row_sum[4] = {};
+    for (int tile0 = 0; tile0 == 0 || count_of(tile0) > 0; tile0 += params.tiles) {
+      for (int k = 0; k < params.tiles && count_of(tile0 + k) > 0; ++k) {
+        if (k > 0) __syncthreads();  // the last tile's terms have been read
+        if (thread < kTile) {
+          const int64_t position = int64_t{tile0 + k} * kTile + thread;
+          const bool exists = position < num_other;
+          if constexpr (kOwnsQueries) {
+            const int64_t first = shared->task * p.num_supports;
+            set_support(p, thread, exists ? first + p.order[first + position] : -1,
+                        shared->other[k], shared->cls);
+          } else {
+            set_query(params, thread, exists ? shared->task * p.num_queries + position : -1,
+                      shared->other[k], shared->terms);
           }
         }
-      }
-
-      const int count =
-          static_cast<int>(num_other - other0 < kTile ? num_other - other0 : int64_t{kTile});
-      for (int k0 = 0; k0 < count; k0 += kDepth) {
-        __syncthreads();  // the stage, or the last rows, have been read; the slopes are written
-#pragma unroll
-        for (int f = 0; f < kFetches; ++f) {
-          const int at = (f * kThreads + thread) * kPack;
-          const int k = at / kFeatures, column = at % kFeatures;
-          acc value[kPack];
-          fetch_pack<Product::kScalesRows>(other_rows, shared->other.row[k0 + k],
-                                           shared->other.factor[k0 + k], feature0 + column, p.dim,
-                                           p.vector, value);
-          store<kPack>(&shared->rows[k][column], value);
-        }
         __syncthreads();
-#pragma unroll Product::kSlopeUnroll
-        for (int k = 0; k < kDepth; ++k) {
-          const Pack<acc> slope =
-              *reinterpret_cast<const Pack<acc>*>(&shared->slope[k0 + k][ty * 4]);
+        fill_slopes<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], row_sum);
+      }
+      const bool is_last = count_of(tile0 + params.tiles) <= 0;
+      if (is_last) {
 #pragma unroll
-          for (int patch = 0; patch < kPatches; ++patch) {
-            const Pack<acc> other =
-                *reinterpret_cast<const Pack<acc>*>(&shared->rows[k][patch * kTile + tx * kPack]);
+        for (int r = 0; r < 4; ++r) {
+          row_sum[r] = lane_sum<kAcross>(row_sum[r]);
+          if (tx == 0) shared->row_sum[ty * 4 + r] = row_sum[r];
+        }
+        if constexpr (kOwnsQueries || Product::kTensor) __syncthreads();
+        if (kOwnsQueries && slice0 == 0 && thread == 0) {
+          acc total = 0;
+          for (int r = 0; r < kTile; ++r) total += shared->row_sum[r];
+          params.scale_partial[row_block] = total;
+        }
+      }
+      for (int slice = slice0; slice < slice0 + params.block_slices && slice < params.slices;
+           ++slice) {
+        const int64_t feature0 = int64_t{slice} * kFeatures;
+        if (tile0 == 0) gradient.clear();
+        for (int k = 0; k < params.tiles && count_of(tile0 + k) > 0; ++k) {
+          add_tile<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], count_of(tile0 + k),
+                                 feature0, gradient);
+        }
+        if (!is_last) continue;
+        if constexpr (Product::kTensor) {
 #pragma unroll
-            for (int c = 0; c < kPack; ++c) {
-              const int column = patch * kPack + c;
+          for (int half = 0; half < 2; ++half) {
+            const int own = tensor_row(half * 2);
+            if (shared->own0 + own >= num_own) continue;
 #pragma unroll
-              for (int r = 0; r < 4; ++r) {
-                if constexpr (Product::kWeighs) {
-                  const acc value = tanh_(own_value[r][column] + other.v[c]);
-                  gradient[r][column] += slope.v[r] * (acc(1) - value * value);
-                  if constexpr (kOwnsQueries) weight_sum[column] += slope.v[r] * value;
-                } else if constexpr (Product::kSlopeReadsOwn) {
-                  gradient[r][column] +=
-                      slope.v[r] * Product::slope(own_value[r][column], other.v[c]);
-                } else {
-                  gradient[r][column] += slope.v[r] * Product::slope(acc(0), other.v[c]);
-                }
-              }
+            for (int j = 0; j < Gradient<Product, acc>::kProducts; ++j) {
+              const int column = tensor_column(Gradient<Product, acc>::kProducts, j, 0);
+              const acc pair[2] = {gradient.value[j][half * 2], gradient.value[j][half * 2 + 1]};
+              write_gradient<2, kOwnsQueries>(params, *shared, own, shared->row_sum[own],
+                                              feature0 + column, pair);
+            }
+          }
+        } else {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int own = ty * 4 + r;
+            if (shared->own0 + own >= num_own) continue;
+#pragma unroll
+            for (int patch = 0; patch < kFeatures / kTile; ++patch) {
+              acc pack[kPack];
+#pragma unroll
+              for (int c = 0; c < kPack; ++c) pack[c] = gradient.value[r][patch * kPack + c];
+              write_gradient<kPack, kOwnsQueries>(params, *shared, own, row_sum[r],
+                                                  feature0 + patch * kTile + tx * kPack, pack);
             }
           }
         }
-      }
-    }
-
+        if constexpr (kOwnsQueries && Product::kWeighs) {
+          static_assert(kAcross == kDepth);
+          __syncthreads();  // the rows have been read: their place takes the sums of the weight
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      row_sum[r] = lane_sum<kAcross>(row_sum[r]);
-      const int own = ty * 4 + r;
-      if (own0 + own >= num_own) continue;
-      const int64_t row = shared->own.row[own];
-      const acc factor = shared->own.factor[own];
-#pragma unroll
-      for (int patch = 0; patch < kPatches; ++patch) {
-        const int64_t feature = feature0 + patch * kTile + tx * kPack;
-        acc value[kPack];
-        if (p.similarity ==
-            Similarity::kCosine) {  // the part along the row changes its length alone
-          fetch_pack<true>(own_rows, row, factor, feature, p.dim, p.vector, value);
-        }
-#pragma unroll
-        for (int c = 0; c < kPack; ++c) {
-          acc result = gradient[r][patch * kPack + c];
-          if (p.similarity == Similarity::kCosine)
-            result = factor * (result - value[c] * row_sum[r]);
-          if (Product::kWeighs) result *= feature + c < p.dim ? weight[feature + c] : acc(0);
-          value[c] = row >= 0 ? scale * result : acc(0);
-        }
-        scalar_t* to = params.grad_rows + (task * num_own + own0 + own) * p.dim + feature;
-        if (p.vector) {
-          if (feature < p.dim) store<kPack>(to, value);
-        } else {
-#pragma unroll
-          for (int c = 0; c < kPack; ++c) {
-            if (feature + c < p.dim) to[c] = from_acc<scalar_t>(value[c]);
+          for (int column = 0; column < kFeatures / kTile * kPack; ++column) {
+            const int feature = column / kPack * kTile + tx * kPack + column % kPack;
+            shared->rows[ty][feature] = gradient.weight[column];
           }
-        }
-      }
-    }
-
-    if constexpr (kOwnsQueries) {
-      if constexpr (Product::kWeighs) {
-        __syncthreads();  // the slopes have been read: their place takes the sums of weight
-      }
-      if (slice == 0 && tx == 0) {
+          __syncthreads();
+          if (thread < kFeatures && feature0 + thread < p.dim) {
+            acc total = 0;
 #pragma unroll
-        for (int r = 0; r < 4; ++r) shared->row_sum[ty * 4 + r] = row_sum[r];
-      }
-      acc(*by_row)[kFeatures] = reinterpret_cast<acc(*)[kFeatures]>(&shared->slope[0][0]);
-      static_assert(kAcross * kFeatures <= kTile * kPitch);
-      if constexpr (Product::kWeighs) {
-#pragma unroll
-        for (int column = 0; column < kPatches * kPack; ++column) {
-          by_row[ty][column / kPack * kTile + tx * kPack + column % kPack] = weight_sum[column];
-        }
-      }
-      __syncthreads();
-      if (slice == 0 && thread == 0) {
-        acc total = 0;
-        for (int r = 0; r < kTile; ++r) total += shared->row_sum[r];
-        params.scale_partial[row_block] = total;
-      }
-      if constexpr (Product::kWeighs) {
-        if (thread < kFeatures && feature0 + thread < p.dim) {
-          acc total = 0;
-#pragma unroll
-          for (int r = 0; r < kAcross; ++r) total += by_row[r][thread];
-          params.weight_partial[row_block * p.dim + feature0 + thread] = scale * total;
+            for (int r = 0; r < kAcross; ++r) total += shared->rows[r][thread];
+            params.weight_partial[row_block * p.dim + feature0 + thread] =
+                p.scale[shared->task * p.scale_stride] * total;
+          }
         }
       }
     }

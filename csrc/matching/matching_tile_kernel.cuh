@@ -18,7 +18,8 @@
 // - size: 64 x 64 and not 128 x 128, because few-shot tasks have 5 to 100 supports and about 75
 //   queries: in larger tiles most threads would idle
 //
-// tile_product is the one place where the products are formed: tensor cores would go there.
+// tile_product forms the products on FP32 (FP64) units; matching_tensor_kernel.cuh has the form for
+// tensor cores.
 #pragma once
 #include "common/device.cuh"
 #include "matching/matching_attention.h"
@@ -44,6 +45,7 @@ inline constexpr int kBlocks = std::is_same_v<acc, double> ? 1 : 2;
 
 struct DotProduct {  // dot, and cosine on rows scaled to length one
   static constexpr bool kScalesRows = true, kSlopeReadsOwn = false, kWeighs = false;
+  static constexpr bool kTensor = false;
   static constexpr int kUnroll = 8, kSlopeUnroll = 4;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc) {
@@ -58,6 +60,7 @@ struct DotProduct {  // dot, and cosine on rows scaled to length one
 struct SquaredDifference {  // sqeuclidean and euclidean; differences, so that close points stay
                             // exact
   static constexpr bool kScalesRows = false, kSlopeReadsOwn = true, kWeighs = false;
+  static constexpr bool kTensor = false;
   static constexpr int kUnroll = 4, kSlopeUnroll = 2;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc) {
@@ -74,6 +77,7 @@ struct SquaredDifference {  // sqeuclidean and euclidean; differences, so that c
 // 1 - tanh^2, shares the tanh with the weight's gradient and stands where both are summed.
 struct WeightedTanh {
   static constexpr bool kScalesRows = false, kSlopeReadsOwn = true, kWeighs = true;
+  static constexpr bool kTensor = false;
   static constexpr int kUnroll = 1, kSlopeUnroll = 1;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc weight) {

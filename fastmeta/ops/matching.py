@@ -181,6 +181,14 @@ def _class_order(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 LIBRARY.impl("class_order", _class_order, "CompositeExplicitAutograd")
 
+# What the CUDA bridge asks before it rounds float32 to TF32: torch's stable ABI has no answer.
+LIBRARY.define("allow_tf32() -> bool")
+LIBRARY.impl(
+    "allow_tf32",
+    lambda: torch.backends.cuda.matmul.fp32_precision == "tf32",
+    "CompositeExplicitAutograd",
+)
+
 
 # --- matching_attention ---------------------------------------------------------------------------
 

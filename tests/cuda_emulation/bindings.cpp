@@ -80,6 +80,7 @@ struct MatchingProblem {
   int64_t T, Q, S, C, D;
   uintptr_t query, support, labels, targets, scale, weight, order, class_start;
   int64_t scale_stride, weight_stride;
+  bool allow_tf32 = false;
 
   matching::Problem get() const {
     static const std::map<std::string, matching::Similarity> similarities = {
@@ -102,7 +103,8 @@ struct MatchingProblem {
             at(scale),
             scale_stride,
             at(weight),
-            weight_stride};
+            weight_stride,
+            allow_tf32};
   }
   matching::cuda::Sorted sorted() const { return {at<int64_t>(order), at<int64_t>(class_start)}; }
 };
@@ -145,8 +147,9 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
     cuemu::options() = {order == "forward"   ? cuemu::Order::kForward
                         : order == "reverse" ? cuemu::Order::kReverse
                                              : cuemu::Order::kRandom,
-                        seed, max_grid};
+                        seed, max_grid, cuemu::options().tensor_cores};
   });
+  m.def("tensor_cores", [](bool there) { cuemu::options().tensor_cores = there; });
   m.def("take_barriers", [] { return std::exchange(cuemu::barriers(), {}); });
   m.def("skip_barrier", [](const std::string& site) { cuemu::options().skipped_barrier = site; });
   m.def("take_launches", [] { return std::exchange(cuemu::launches(), {}); });
@@ -166,7 +169,7 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
                   FASTMETA_FIELD(support) FASTMETA_FIELD(labels) FASTMETA_FIELD(targets)
                       FASTMETA_FIELD(scale) FASTMETA_FIELD(weight) FASTMETA_FIELD(order)
                           FASTMETA_FIELD(class_start) FASTMETA_FIELD(scale_stride)
-                              FASTMETA_FIELD(weight_stride);
+                              FASTMETA_FIELD(weight_stride) FASTMETA_FIELD(allow_tf32);
 #undef FASTMETA_FIELD
   m.def("matching_forward", &matching_forward);
   m.def("matching_backward", &matching_backward);

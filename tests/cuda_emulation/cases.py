@@ -69,6 +69,7 @@ class Case:
             self.labels[:, 1] = -100
             self.labels[:, 3] = C
             self.labels[-1, S // 2 :] = -100
+        self.allow_tf32 = False
         self.targets = torch.randint(0, C, (T, Q), generator=generator)
         if Q > 2:
             self.targets[0, 0], self.targets[-1, 1], self.targets[-1, 2] = -100, C, C - 1
@@ -141,6 +142,7 @@ class Case:
         problem = emulation.module.MatchingProblem()
         dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
         problem.dtype, problem.similarity = dtype, self.similarity
+        problem.allow_tf32 = self.allow_tf32
         problem.T, problem.Q, problem.S, problem.C, problem.D = T, Q, S, C, D
         inputs = {"scale": self.scale, "labels": self.labels, "order": order}
         inputs["class_start"] = class_start
@@ -198,6 +200,10 @@ def check(emulation, case: Case, nll: bool) -> dict[str, Tensor]:
         if "grad" in name:  # where its terms cancel, their rounding does not
             sizes = [v.abs().max() for k, v in truth.items() if k[:4] == name[:4] and v.numel()]
             size = 8 * max(map(float, sizes), default=0.0)
+        if name.endswith("scale"):  # the sum of <gradient of a query, query> / scale
+            products = truth[name.replace("scale", "query")] * case.query.double()
+            size = max(size, float(products.abs().sum() / case.scale.abs().min()))
+            size *= max(1.0, largest_logit(case))  # its rounding is that of every weight
         emulation.check(value, truth[name], peer[name], size, name)
     return got
 
@@ -206,10 +212,7 @@ def check_budget(emulation, case: Case, nll: bool) -> None:
     """The same by the budget that the op's tests on the CPU have, which counts large logits."""
     got = case.run(emulation, nll=nll)
     truth, peer = case.define(torch.float64), case.define(acc_of(case.dtype))
-    weight = None if case.weight is None else case.weight[0]
-    logit = opcases.largest_logit(
-        case.query, case.support, case.labels, case.similarity, case.scale, weight
-    )
+    logit = largest_logit(case)
     for name, value in shared_sums(got, truth).items():
         size = None
         if name.endswith("scale"):
@@ -218,6 +221,14 @@ def check_budget(emulation, case: Case, nll: bool) -> None:
         opcases.assert_within_budget(
             value, truth[name], peer[name], case.dtype, name, logit=logit, magnitude=size
         )
+
+
+def largest_logit(case: Case) -> float:
+    """Largest absolute logit of valid pairs."""
+    weight = None if case.weight is None else case.weight[0]
+    return opcases.largest_logit(
+        case.query, case.support, case.labels, case.similarity, case.scale.abs().max(), weight
+    )
 
 
 def shared_sums(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -274,5 +274,6 @@ def emulation(emulation_module: ModuleType) -> Emulation:
     """The emulator at its default schedule, with no launches recorded."""
     emulation = Emulation(emulation_module)
     emulation.schedule()
+    emulation.module.tensor_cores(True)
     emulation.launches()
     return emulation

@@ -58,6 +58,7 @@ struct Options {
   Order order = Order::kRandom;
   uint64_t seed = 0;
   int64_t max_grid = 2147483647;  // launchers clip their grids to it
+  bool tensor_cores = true;       // what launchers take the device to have
   std::string skipped_barrier;    // FILE:LINE of one that threads run through: a planted bug
 };
 

@@ -28,9 +28,9 @@ def sgd_update(emulation):
     return [grad for grads in run_sgd_backward(emulation, "float32", entries) for grad in grads]
 
 
-def matching(similarity, nll):
+def matching(similarity, nll, dtype=torch.float32):
     def run(emulation):
-        case = Case(2, 70, 67, 3, 20, similarity, torch.float32)
+        case = Case(2, 70, 67, 3, 132, similarity, dtype)
         return list(case.run(emulation, nll=nll).values())
 
     return run
@@ -42,6 +42,7 @@ def matching(similarity, nll):
         pytest.param(segment_mean, id="segment_mean"),
         pytest.param(sgd_update, id="sgd_update"),
         pytest.param(matching("cosine", False), id="matching_attention"),
+        pytest.param(matching("cosine", False, torch.bfloat16), id="on tensor cores"),
         pytest.param(matching("additive", True), id="matching_nll"),
     ],
 )

@@ -169,20 +169,48 @@ def test_empty_sizes(emulation, shape, similarity):
             emulation.check(got["lse"], *[case.define(torch.float64)["lse"]] * 2)
 
 
-def test_launches_fit_every_architecture(emulation):
-    """Block and shared memory against what sm_75 gives; grids have one dimension, so any T fits."""
-    for similarity in SIMILARITIES:
-        for dtype, kind in DTYPES.items():
-            Case(1, 2, 3, 2, 4, similarity, kind).run(emulation, nll=False)
-            for launch in emulation.launches():
-                shared = launch.shared_bytes + launch.static_shared_bytes
-                assert launch.block <= 1024
-                assert launch.grid <= 2**31 - 1
-                assert shared <= 64 * 1024, (
-                    launch.what,
-                    dtype,
-                )  # sm_75's opt-in limit, the smallest
-                if (
-                    kind != torch.float64
-                ):  # two blocks a multiprocessor, with 1 KB each for the system
-                    assert 2 * (shared + 1024) <= 64 * 1024, (launch.what, dtype)
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_16_bit_types_without_tensor_cores(emulation, similarity, dtype, nll):
+    emulation.module.tensor_cores(False)
+    check(emulation, Case(2, 5, 66, 3, 36, similarity, DTYPES[dtype]), nll)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lengths_on_tensor_cores_neither_overflow_nor_vanish(emulation, dtype):
+    case = Case(1, 5, 9, 3, 40, "cosine", DTYPES[dtype])
+    up, down = (2.0**70, 2.0**-80) if dtype == "bfloat16" else (2.0**10, 2.0**-8)
+    case.query, case.support = case.query * up, case.support * down
+    check(emulation, case, False)
+
+
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_tf32_where_it_is_allowed(emulation, similarity, nll):
+    case = Case(2, 67, 70, 4, 36, similarity, torch.float32)
+    exact = case.run(emulation, nll=nll)
+    case.allow_tf32 = True
+    rounded = case.run(emulation, nll=nll)
+    emulation.module.tensor_cores(False)
+    without = case.run(emulation, nll=nll)
+    for name, value in exact.items():
+        assert torch.equal(value, without[name])
+        finite = value.isfinite()
+        size = value[finite].abs().max().item()
+        difference = (rounded[name] - value)[finite].abs().max().item()
+        assert 0 < difference < 2**-7 * size, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_that_take_all_slices_give_the_bits_of_those_that_take_one(emulation, dtype):
+    many = Case(256, 1, 2, 2, 132, "cosine", DTYPES[dtype])  # blocks enough without sharing a row
+    one = Case(1, 1, 2, 2, 132, "cosine", DTYPES[dtype])
+    for name in ("query", "support", "labels", "targets", "scale", "grad_logp", "grad_nll"):
+        setattr(one, name, getattr(many, name)[7:8])
+    together, alone = many.run(emulation, nll=True), one.run(emulation, nll=True)
+    grids = [launch.grid for launch in emulation.launches() if "backward" in launch.what]
+    assert grids.count(256) == 2
+    assert max(grids[-3:]) > 1
+    for name, value in alone.items():
+        assert torch.equal(value, together[name][7:8]), name

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,18 @@ def test_cuda_bridge_compiles(bridge):
     ]
     done = subprocess.run([compiler, *flags, bridge], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:4000]
+
+
+def test_what_the_bridge_asks_about_tf32_follows_torch():
+    import fastmeta.ops  # noqa: F401 - defines the op
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert torch.ops.fastmeta.allow_tf32() is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_every_family_has_a_bridge():

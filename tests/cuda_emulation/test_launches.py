@@ -1,0 +1,80 @@
+"""Launches of the emulated kernels against the limits of every architecture and the stated design."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulation.cases import DTYPES, SIMILARITIES, Case
+from cuda_emulation.test_segment_mean import make, run_backward, run_mean
+from cuda_emulation.test_sgd_update import LAYOUTS, Tensors, run_forward
+from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
+
+SPEC = importlib.util.spec_from_file_location(
+    "cuda_report", Path(__file__).resolve().parents[2] / "tools" / "cuda_report.py"
+)
+report = importlib.util.module_from_spec(SPEC)
+sys.modules["cuda_report"] = report
+SPEC.loader.exec_module(report)
+
+
+def segment_mean(emulation, dtype):
+    values, labels = make(2, 7, 3, 8, DTYPES[dtype])
+    mean, count = run_mean(emulation, values, labels, 3, dtype)
+    run_backward(emulation, mean, labels, count, dtype)
+
+
+def sgd_update(emulation, dtype):
+    entries = [Tensors(2, 20000, "own", "own", lr, DTYPES[dtype], 1) for lr in LAYOUTS]
+    run_forward(emulation, dtype, entries)
+    run_sgd_backward(emulation, dtype, entries)
+
+
+def matching(similarity):
+    def run(emulation, dtype):
+        case = Case(1, 70, 67, 3, 260, similarity, DTYPES[dtype])
+        case.run(emulation, nll=False)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("run", "similarity"),
+    [
+        pytest.param(segment_mean, "", id="segment_mean"),
+        pytest.param(sgd_update, "", id="sgd_update"),
+        *(pytest.param(matching(name), name, id=name) for name in SIMILARITIES),
+    ],
+)
+def test_launches_fit_every_architecture(emulation, run, similarity, dtype):
+    run(emulation, dtype)
+    # On tensor cores, which the oldest architecture has not for these types.
+    tensor = DTYPES[dtype].itemsize == 2 and similarity in ("dot", "cosine")
+    launches = emulation.launches()
+    assert launches
+    for launch in launches:
+        shared = launch.shared_bytes + launch.static_shared_bytes
+        assert launch.block <= report.MAX_THREADS
+        assert launch.grid <= report.MAX_GRID
+        for arch, limits in report.LIMITS.items():
+            if tensor and arch < report.TENSOR_CORES:
+                continue
+            assert shared + limits.shared_system <= limits.shared, (launch.what, arch)
+            assert shared <= limits.shared_block, (launch.what, arch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_the_report_counts_with_the_shared_memory_that_is_launched(emulation, similarity, dtype):
+    segment_mean(emulation, dtype)
+    sgd_update(emulation, dtype)
+    Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype]).run(emulation, nll=False)
+    tensor = dtype == "bfloat16" and similarity in ("dot", "cosine")
+    for launch in emulation.launches():
+        stated = [d for d in report.DESIGN if d.launch == launch.what]
+        kinds = [d for d in stated if d.double == (dtype == "float64") and d.tensor == tensor]
+        design = (kinds or [d for d in stated if not d.double and not d.tensor])[0]
+        assert (launch.block, launch.shared_bytes) == (design.threads, design.shared), launch.what
