@@ -7,8 +7,8 @@ from opcases import Case, leaves
 import fastmeta as fm
 
 CASE = Case("rules", 4, 75, 40, 64, 5, padded=0.2)
-# One query block and supports enough that they are split between blocks.
-LONG = Case("long", 1, 9, 20000, 32, 7)
+# One block of queries, and more supports than a block could keep anything of.
+LONG = Case("long", 1, 9, 20000, 32, 5)
 
 
 def matching(similarity, nll):

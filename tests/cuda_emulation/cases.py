@@ -80,7 +80,7 @@ class Case:
         T, Q, _, C, D = self.shape
         inputs = [self.query, self.support, self.scale]
         inputs += [] if self.weight is None else [self.weight]
-        query, support, *numbers = (x.to(dtype).requires_grad_() for x in inputs)
+        query, support, *numbers = (x.detach().to(dtype).requires_grad_() for x in inputs)
         scale = numbers[0].expand(T)
         weight = None if self.weight is None else numbers[1].expand(T, D)
         logp, lse = [], []
