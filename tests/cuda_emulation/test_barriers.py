@@ -41,9 +41,9 @@ def matching(similarity, nll, dtype=torch.float32):
     [
         pytest.param(segment_mean, id="segment_mean"),
         pytest.param(sgd_update, id="sgd_update"),
-        pytest.param(matching("cosine", False), id="matching_attention"),
+        pytest.param(matching("cosine", False), id="matching_attention", marks=pytest.mark.slow),
         pytest.param(matching("cosine", False, torch.bfloat16), id="on tensor cores"),
-        pytest.param(matching("additive", True), id="matching_nll"),
+        pytest.param(matching("additive", True), id="matching_nll", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_barrier_is_seen(emulation, run):

@@ -39,7 +39,7 @@ def test_outputs_and_gradients_match_the_definition(emulation, shape, similarity
         pytest.param(
             case,
             id=case.name,
-            marks=[pytest.mark.slow] if case.queries * case.supports * case.dim > 2e5 else [],
+            marks=[pytest.mark.slow] if case.queries * case.supports * case.dim > 5e4 else [],
         )
         for case in opcases.CASES
     ],
