@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
+# Processes that share the tests, each with one thread of torch; 0: one process, two threads.
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -78,7 +80,7 @@ demo: build
 
 test: build
 	$(call say, quick tests on the compiled kernels)
-	@FASTMETA_BACKEND=native $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@FASTMETA_BACKEND=native $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: build
 	$(call say, slow tests on the compiled kernels)

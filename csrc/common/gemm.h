@@ -122,7 +122,7 @@ static void gemm(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, Const
         const int64_t rows = min_of(tile, m - i);
         const T* ap = a + i * rs + k0 * cs;
         const T* fp = from != nullptr ? from + i * ldc : nullptr;
-        const auto rows_of = [&](auto vectors) {
+        const auto rows_of = [&](auto vectors) __attribute__((always_inline)) {
           gemm_rows<T, decltype(vectors)::value>(rows, kn, ap, rs, cs, bp, ldb, start.alpha, bias,
                                                  fp, cp + i * ldc, ldc);
         };
