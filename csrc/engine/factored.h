@@ -86,7 +86,7 @@ class FactoredLayer {
     T* sum = at(b_.tangents);
     for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) sum[i] += dgy[i];
     if (b_.gram_gradient >= 0) {
-      gemm_transposed_few<T>(supports_, dgy, node_.out.ld, rows(a), at(b_.gram_gradient),
+      gemm_transposed_few<T>(supports_, dgy, node_.out.ld, state(a), at(b_.gram_gradient),
                              b_.gram_ld, T(1), true);
     }
   }
@@ -110,7 +110,7 @@ class FactoredLayer {
             output(cotangent, supports_), start);
     add_to_weight(query_x_, gy, queries_, T(1), gw);
     if (b_.query_gram_gradient >= 0) {
-      gemm_transposed_few<T>(queries_, gy, ld, rows(a), at(b_.query_gram_gradient), b_.gram_ld,
+      gemm_transposed_few<T>(queries_, gy, ld, state(a), at(b_.query_gram_gradient), b_.gram_ld,
                              T(-1), false);
     }
     if (gx == nullptr) return;
@@ -165,7 +165,6 @@ class FactoredLayer {
     return {w, node_.in.channels, padded<T>(node_.out.channels), 0};
   }
   ConstMatrix<T> state(const T* a) const { return {a, supports_, node_.out.ld, node_.out.ld}; }
-  ConstMatrix<T> rows(const T* a) const { return state(a); }
   ConstMatrix<T> inputs(const T* x) const { return {x, supports_, node_.in.ld, node_.in.ld}; }
   Matrix<T> output(T* y, int64_t rows) const { return {y, rows, node_.out.ld, node_.out.ld}; }
 

@@ -101,14 +101,6 @@ class Plan {
   std::vector<Factored> factored;
   int64_t factored_size = 0;  // numbers of their whole weights
 
-  // The factored layer that makes value v, or nullptr.
-  const Factored* factored_at(int v) const {
-    for (const Factored& f : factored) {
-      if (f.value == v) return &f;
-    }
-    return nullptr;
-  }
-
  private:
   // Chooses the linear layers to keep factored: by multiply-adds of all steps and the queries, a
   // weight that goes through memory counting as kMemory of them.

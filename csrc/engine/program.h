@@ -39,13 +39,6 @@ enum class Kind : int {
 
 enum class LossKind : int { kCrossEntropy, kMse, kHuber, kBce };
 
-// Where a parameter lies in memory, in the engine:
-//   kMatrix  linear and conv weights: [groups][panels][taps * in channels of a group][panel width],
-//            see common/gemm.h for panels
-//   kVector  [channels], padded to the width of a vector
-//   kImage   layer norm over images: [height, width, channels padded]
-enum class ParamLayout : int { kMatrix, kVector, kImage };
-
 // A reference from a node: which list, which entry; index -1 where the layer has none.
 struct ParamRef {
   bool adapted = false;
