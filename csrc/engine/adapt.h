@@ -29,8 +29,10 @@ struct Adapt {
   DType dtype;  // float32 or float64, of everything but labels
   const Program* program;
   int64_t num_fast, num_shared;
-  const void* const* fast;    // contiguous, in torch's layout
-  const void* const* shared;  //
+  const int64_t* fast_numel;    // numbers in each, held against the program
+  const int64_t* shared_numel;  //
+  const void* const* fast;      // contiguous, in torch's layout
+  const void* const* shared;    //
   int64_t tasks, supports, queries, steps;
   const void* rates;  // [rate_rows, rate_cols]
   int64_t rate_rows, rate_cols;

@@ -89,6 +89,15 @@ class Run {
         throw std::invalid_argument("fastmeta: an adapted parameter that the program does not use");
       }
     }
+    for (int64_t i = 0; i < args_.num_fast + args_.num_shared; ++i) {
+      const bool is_fast = i < args_.num_fast;
+      const int64_t j = is_fast ? i : i - args_.num_fast;
+      const Param& p = (is_fast ? plan_.fast : plan_.shared).params[j];
+      if (p.layout != Layout::kNone &&
+          p.numel != (is_fast ? args_.fast_numel : args_.shared_numel)[j]) {
+        throw std::invalid_argument("fastmeta: a parameter of another size than the program says");
+      }
+    }
     const bool rates_fit = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ||
                            args_.rate_cols == plan_.fast.numel;
     if (!rates_fit || (args_.rate_rows != 1 && args_.rate_rows != args_.steps)) {

@@ -59,7 +59,13 @@ class Inputs {
     args.dtype = bridge::dtype_of(fast[0]);
     args.program = program_.get();
     args.num_fast = hold_all(fast, "fast", &fast_);
-    for (const Tensor& tensor : fast) fast_numbers_ += tensor.numel();
+    for (const Tensor& tensor : fast) {
+      fast_numel_.push_back(tensor.numel());
+      fast_numbers_ += tensor.numel();
+    }
+    for (const Tensor& tensor : shared) shared_numel_.push_back(tensor.numel());
+    args.fast_numel = fast_numel_.data();
+    args.shared_numel = shared_numel_.data();
     args.num_shared = hold_all(shared, "shared", &shared_);
     args.fast = fast_.data();
     args.shared = shared_.data();
@@ -123,6 +129,7 @@ class Inputs {
   std::shared_ptr<const Program> program_;
   ScalarType dtype_;
   int64_t fast_numbers_ = 0;
+  std::vector<int64_t> fast_numel_, shared_numel_;
   std::vector<std::unique_ptr<Tensor>> kept_;
   std::vector<const void*> fast_, shared_;
 };

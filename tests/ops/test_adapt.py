@@ -379,3 +379,17 @@ def test_a_program_reads_as_it_is_written(name):
 def test_what_is_no_program_is_refused(text):
     with pytest.raises(ValueError, match="adapt: program must be a program of version fm1"):
         parse(text)
+
+
+@pytest.mark.parametrize("wrong", ["fast", "shared"])
+def test_a_parameter_of_another_size_is_refused(wrong):
+    """By the kernel: the reference meets torch's own complaint."""
+    text = "fm1;in=4;linear(0,w=s0,out=3);linear(1,w=f0,out=3);loss=mse()"
+    fast, shared = torch.ones(3, 3), torch.ones(3, 4)
+    if wrong == "fast":
+        fast = fast[:2]
+    else:
+        shared = shared[:2]
+    x, y = torch.ones(1, 2, 4), torch.ones(1, 2, 3)
+    with pytest.raises((ValueError, RuntimeError)):
+        adapt(text, [fast], [shared], torch.ones(1, 1), x, y, x, 1, 0, False, False, False)
