@@ -5,11 +5,13 @@
 // Arguments are checked in Python, where errors can name them; the checks here are the safety net
 // of those who call torch.ops.fastmeta.* themselves.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -21,7 +23,6 @@
 #include "common/types.h"
 
 #if defined(FASTMETA_CUDA)
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #define FASTMETA_DEVICE_KEY CUDA
 #else
 #define FASTMETA_DEVICE_KEY CPU
@@ -60,8 +61,39 @@ inline Tensor contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    default:
+      STD_TORCH_CHECK(false, "fastmeta: no outputs of this dtype");
+  }
+}
+
+// Past the dispatcher: for small problems its few microseconds a tensor count.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (size_t i = size.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(size[i], 1);
+  }
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
+                                                  strides.data(), dtype_code(dtype), device, index,
+                                                  &handle));
+  return Tensor(handle);
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& size) {
