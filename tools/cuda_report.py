@@ -64,32 +64,34 @@ class Design:
     threads: int
     shared: int  # dynamic, bytes
     blocks: int
+    tensor: bool = False  # stated for tensor cores
 
     @property
     def double(self) -> bool:
         """Whether it is stated for float64 alone."""
         return "<double" in self.pattern
 
-    @property
-    def tensor(self) -> bool:
-        """Whether it is stated for tensor cores."""
-        return "TensorDot" in self.pattern
-
 
 # The first pattern that matches counts. Every kernel must be listed: a new one states its figure.
 DESIGN = (
     Design(r"matching.*:forward_kernel<double", "matching_attention", 256, 55424, 1),
-    Design(r"matching.*:forward_kernel<.*TensorDot", "matching_attention", 256, 30208, 2),
+    Design(r"matching.*:forward_kernel<.*TensorDot", "matching_attention", 256, 30208, 2, True),
     Design(r"matching.*:forward_kernel<", "matching_attention", 256, 28736, 2),
     # With one tile of slopes. A second one, for wide features and 65 to 128 rows, takes 17 KB more.
     Design(r"matching.*:backward_kernel<double", "matching_attention_backward", 256, 57488, 1),
-    Design(r"matching.*:backward_kernel<.*TensorDot", "matching_attention_backward", 256, 33040, 2),
+    Design(
+        r"matching.*:backward_kernel<.*Tensor", "matching_attention_backward", 256, 33040, 2, True
+    ),
     Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30544, 2),
     Design(r"matching.*inverse_length_kernel<", "matching_attention: row lengths", 256, 0, 4),
     Design(r"matching.*grad_sum_kernel<", "matching_attention_backward: sums of grad", 256, 0, 4),
     Design(r"matching.*sum_partials_kernel<", "matching_attention_backward: totals", 256, 0, 4),
     Design(r"segment.*mean_backward_kernel<", "segment_mean_backward", 128, 0, 8),
     Design(r"segment.*mean_kernel<", "segment_mean", 128, 0, 8),
+    Design(r"task_layers.*product_kernel<double, .*Matrix", "task_linear", 256, 0, 1),
+    Design(r"task_layers.*product_kernel<.*Matrix.*, true>", "task_linear", 256, 0, 2, True),
+    Design(r"task_layers.*product_kernel<.*Matrix", "task_linear", 256, 0, 2),
+    Design(r"task_layers.*sum_parts_kernel<", "task_layers: sums of parts", 256, 0, 4),
     Design(r"update.*sgd_kernel<", "sgd_update", 256, 0, 3),
     Design(r"update.*sgd_backward_kernel<", "sgd_update_backward", 256, 0, 3),
     Design(r"update.*sgd_reduce_kernel<", "sgd_update_backward: sums", 256, 0, 3),
@@ -234,7 +236,7 @@ def table(kernels: list[Kernel]) -> str:
             else "not used"
             for a in ARCHITECTURES
         ]
-        short = re.sub(r"\b(matching|segment|update)::cuda::", "", name)
+        short = re.sub(r"\b(matching|segment|task_layers|update)::cuda::", "", name)
         lines.append(
             f"| `{short}` | {design.threads} | {shared} | {design.blocks} | {' | '.join(cells)} |"
         )

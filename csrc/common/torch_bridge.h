@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -130,6 +131,19 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+// Scratch of a launch; torch hands it out again only to later work of the stream.
+inline Tensor workspace(const Tensor& like, int64_t bytes) {
+  return empty(like, {(bytes + 7) / 8}, ScalarType::Long);
+}
+
+// Whether products of the dtype may be rounded to TF32, by the op that asks torch's switch.
+inline bool allow_tf32(DType dtype, const char* op) {
+  if (dtype != DType::kFloat32) return false;
+  std::array<StableIValue, 1> stack{};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
 #endif
 
 }  // namespace fastmeta::bridge

@@ -102,33 +102,24 @@ struct ClassOrder {
   }
 };
 
-// torch.backends.cuda.matmul.allow_tf32, where it makes a difference.
 bool allow_tf32(const Problem& problem) {
   const bool multiplies =
       problem.similarity == Similarity::kDot || problem.similarity == Similarity::kCosine;
-  if (problem.dtype != DType::kFloat32 || !multiplies) return false;
-  std::array<StableIValue, 1> stack{};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("fastmeta::allow_tf32", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<bool>(stack[0]);
-}
-
-Tensor workspace(const Operands& ops, int64_t bytes) {
-  return bridge::empty(ops.query, {(bytes + 7) / 8}, ScalarType::Long);
+  return multiplies && bridge::allow_tf32(problem.dtype, "fastmeta::allow_tf32");
 }
 
 void run(const Operands& ops, Forward args) {
   const bridge::CudaScope scope(ops.query);
   args.problem.allow_tf32 = allow_tf32(args.problem);
   const ClassOrder sorted(ops);
-  const Tensor space = workspace(ops, cuda::forward_workspace(ops.problem));
+  const Tensor space = bridge::workspace(ops.query, cuda::forward_workspace(ops.problem));
   cuda::forward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 void run(const Operands& ops, Backward args) {
   const bridge::CudaScope scope(ops.query);
   args.problem.allow_tf32 = allow_tf32(args.problem);
   const ClassOrder sorted(ops);
-  const Tensor space = workspace(ops, cuda::backward_workspace(ops.problem));
+  const Tensor space = bridge::workspace(ops.query, cuda::backward_workspace(ops.problem));
   cuda::backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 #else

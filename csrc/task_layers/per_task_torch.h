@@ -32,20 +32,25 @@ inline Operand operand(const std::optional<bridge::Tensor>& tensor) {
   return tensor.has_value() ? Operand(*tensor) : Operand();
 }
 
-inline bool is_half(const bridge::Tensor& tensor) {
+// The tensor in the dtype that kernels compute products from: on the CPU, those of half types are
+// formed from float32 copies.
+inline bool is_widened(const bridge::Tensor& tensor) {
+#if defined(FASTMETA_CUDA)
+  static_cast<void>(tensor);
+  return false;
+#else
   return tensor.scalar_type() == bridge::ScalarType::BFloat16 ||
          tensor.scalar_type() == bridge::ScalarType::Half;
+#endif
 }
-
-// The tensor in the dtype that sums run in: products of half types are formed from float32 copies.
-inline bridge::Tensor widened(const bridge::Tensor& tensor) {
-  return is_half(tensor) ? torch::stable::to(tensor, bridge::ScalarType::Float) : tensor;
+inline bridge::Tensor computed(const bridge::Tensor& tensor) {
+  return is_widened(tensor) ? torch::stable::to(tensor, bridge::ScalarType::Float) : tensor;
 }
-inline std::optional<bridge::Tensor> widened(const std::optional<bridge::Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<bridge::Tensor>(widened(*tensor)) : std::nullopt;
+inline std::optional<bridge::Tensor> computed(const std::optional<bridge::Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<bridge::Tensor>(computed(*tensor)) : std::nullopt;
 }
 inline bridge::Tensor narrowed(const bridge::Tensor& result, const bridge::Tensor& like) {
-  return is_half(like) ? torch::stable::to(result, like.scalar_type()) : result;
+  return is_widened(like) ? torch::stable::to(result, like.scalar_type()) : result;
 }
 
 inline void check_same_dtype(const bridge::Tensor& a, const char* name, const bridge::Tensor& b) {

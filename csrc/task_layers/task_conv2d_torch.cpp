@@ -69,14 +69,14 @@ Tensor task_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
                    int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
                    int64_t dilation_h, int64_t dilation_w, int64_t groups) {
   check_same_dtype(weight, "weight", x);
-  const Tensor wide = widened(x);
+  const Tensor wide = computed(x);
   Conv2d args = problem(wide, shape(x), shape(weight),
                         {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups});
   if (bias.has_value()) {
     bridge::check_shape(*bias, "bias", {args.tasks, args.outputs});
     check_same_dtype(*bias, "bias", x);
   }
-  const Operand own_x(wide), own_weight(widened(weight)), own_bias = operand(widened(bias));
+  const Operand own_x(wide), own_weight(computed(weight)), own_bias = operand(computed(bias));
   Tensor out = bridge::empty(wide, {args.tasks, args.rows, args.outputs, args.out_h, args.out_w},
                              wide.scalar_type());
   args.x = own_x.view();
@@ -92,12 +92,12 @@ Tensor task_conv2d_input(const Tensor& grad, const Tensor& weight, int64_t heigh
                          int64_t dilation_h, int64_t dilation_w, int64_t groups) {
   STD_TORCH_CHECK(grad.dim() == 5 && weight.dim() == 5, "fastmeta: expected five dimensions");
   check_same_dtype(weight, "weight", grad);
-  const Tensor wide = widened(grad);
+  const Tensor wide = computed(grad);
   const std::vector<int64_t> x{grad.size(0), grad.size(1), weight.size(2) * groups, height, width};
   Conv2d args = problem(wide, x, shape(weight),
                         {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups});
   bridge::check_shape(grad, "grad", {args.tasks, args.rows, args.outputs, args.out_h, args.out_w});
-  const Operand own_grad(wide), own_weight(widened(weight));
+  const Operand own_grad(wide), own_weight(computed(weight));
   Tensor out = bridge::empty(wide, x, wide.scalar_type());
   args.grad = own_grad.view();
   args.weight = own_weight.view();
@@ -112,12 +112,12 @@ Tensor task_conv2d_weight(const Tensor& grad, const Tensor& x, int64_t height, i
   STD_TORCH_CHECK(grad.dim() == 5 && x.dim() == 5 && groups >= 1,
                   "fastmeta: expected five dimensions");
   check_same_dtype(x, "x", grad);
-  const Tensor wide = widened(grad);
+  const Tensor wide = computed(grad);
   const std::vector<int64_t> w{grad.size(0), grad.size(2), x.size(2) / groups, height, width};
   Conv2d args = problem(wide, shape(x), w,
                         {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups});
   bridge::check_shape(grad, "grad", {args.tasks, args.rows, args.outputs, args.out_h, args.out_w});
-  const Operand own_grad(wide), own_x(widened(x));
+  const Operand own_grad(wide), own_x(computed(x));
   Tensor out = bridge::empty(wide, w, wide.scalar_type());
   args.grad = own_grad.view();
   args.x = own_x.view();

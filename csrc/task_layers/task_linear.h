@@ -13,12 +13,13 @@ struct TaskMatrix {
 
 // out[t] = x[t] weight[t]^T + bias[t].
 struct Linear {
-  DType dtype;  // kFloat32 or kFloat64, of all tensors
+  DType dtype;  // of all tensors; kFloat32 or kFloat64 on the CPU
   int64_t tasks, rows, inputs, outputs;
-  TaskMatrix x;       // [N, I]
-  TaskMatrix weight;  // [O, I]
-  TaskMatrix bias;    // [O] along its columns, or nullptr
-  void* out;          // contiguous [T, N, O]
+  TaskMatrix x;             // [N, I]
+  TaskMatrix weight;        // [O, I]
+  TaskMatrix bias;          // [O] along its columns, or nullptr
+  void* out;                // contiguous [T, N, O]
+  bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
 };
 
 #define FASTMETA_TASK_LINEAR_CPU(ISA)               \
@@ -29,5 +30,10 @@ FASTMETA_TASK_LINEAR_CPU(baseline)
 FASTMETA_TASK_LINEAR_CPU(avx2)
 FASTMETA_TASK_LINEAR_CPU(avx512)
 #undef FASTMETA_TASK_LINEAR_CPU
+
+namespace cuda {
+int64_t linear_workspace(const Linear& args);  // bytes
+void linear(const Linear& args, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace fastmeta::task_layers

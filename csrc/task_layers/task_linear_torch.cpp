@@ -1,6 +1,4 @@
-// Bridge of task_linear: checks, allocation, registration. CPU only: on CUDA the reference runs, by
-// batched products.
-#if !defined(FASTMETA_CUDA)
+// Bridge of task_linear: checks, allocation, registration.
 #include "task_layers/per_task_torch.h"
 #include "task_layers/task_linear.h"
 
@@ -24,19 +22,26 @@ Tensor task_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     bridge::check_shape(*bias, "bias", {tasks, outputs});
     check_same_dtype(*bias, "bias", x);
   }
-  const Tensor own_x = widened(x), own_weight = widened(weight);
-  const std::optional<Tensor> own_bias = widened(bias);
+  const Tensor own_x = computed(x), own_weight = computed(weight);
+  const std::optional<Tensor> own_bias = computed(bias);
   Tensor out = bridge::empty(own_x, {tasks, rows, outputs}, own_x.scalar_type());
-  const Linear args{bridge::dtype_of(own_x),
-                    tasks,
-                    rows,
-                    inputs,
-                    outputs,
-                    matrix(own_x),
-                    matrix(own_weight),
-                    own_bias.has_value() ? matrix(*own_bias) : TaskMatrix{},
-                    out.mutable_data_ptr()};
+  Linear args{bridge::dtype_of(own_x),
+              tasks,
+              rows,
+              inputs,
+              outputs,
+              matrix(own_x),
+              matrix(own_weight),
+              own_bias.has_value() ? matrix(*own_bias) : TaskMatrix{},
+              out.mutable_data_ptr()};
+#if defined(FASTMETA_CUDA)
+  const bridge::CudaScope scope(x);
+  args.allow_tf32 = bridge::allow_tf32(args.dtype, "fastmeta::allow_tf32");
+  const Tensor space = bridge::workspace(x, cuda::linear_workspace(args));
+  cuda::linear(args, space.mutable_data_ptr(), scope.stream());
+#else
   FASTMETA_DISPATCH(current_isa(), task_layers, linear, args, bridge::parallel_for);
+#endif
   return narrowed(out, x);
 }
 
@@ -47,4 +52,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
 }
 
 }  // namespace fastmeta::task_layers
-#endif

@@ -2,8 +2,8 @@
 
 The derivatives of each are such ops again, so that a second derivative stays one call for all
 tasks. (torch's way to give every image its own weights is a grouped convolution, and the derivative
-of *its* derivative is a loop over the groups.) Kernels, for the CPU: ``csrc/task_layers/``; on CUDA
-the references run, by batched products and grouped convolutions.
+of *its* derivative is a loop over the groups.) Kernels: ``csrc/task_layers/``; on CUDA the
+references of convolution and batch norm run, by grouped convolutions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 // The launchers, compiled for the host, as a Python module. Arrays come as addresses: the tests own
 // them, place them on purpose (alignment, guard zones) and keep them alive.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include "common/launch.cuh"
 #include "cuemu.h"
@@ -13,19 +12,6 @@ namespace py = pybind11;
 using namespace fastmeta;  // NOLINT(build/namespaces): a test module
 
 namespace {
-
-template <class T = void>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType dtype_of(const std::string& name) {
-  static const std::map<std::string, DType> dtypes = {{"float32", DType::kFloat32},
-                                                      {"float64", DType::kFloat64},
-                                                      {"bfloat16", DType::kBFloat16},
-                                                      {"float16", DType::kFloat16}};
-  return dtypes.at(name);
-}
 
 void mean(const std::string& dtype, int64_t T, int64_t S, int64_t C, int64_t D, uintptr_t values,
           uintptr_t labels, uintptr_t mean, uintptr_t count) {
@@ -158,6 +144,7 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
   m.def("segment_mean_backward", &mean_backward);
   m.def("sgd", &sgd);
   m.def("sgd_backward", &sgd_backward);
+  bind_task_layers(m);
   m.def("convert_bfloat16", &convert<bfloat16>);
   m.def("convert_float16", &convert<float16>);
 

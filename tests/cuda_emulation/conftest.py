@@ -39,7 +39,9 @@ SOURCES = {
         if (CSRC / "matching" / "matching_attention_cuda.cu").exists()
         else {}
     ),
+    CSRC / "task_layers" / "task_linear_cuda.cu": ("task_layers",),
     HERE / "bindings.cpp": ("segment", "update", "matching"),
+    HERE / "bindings_task_layers.cpp": ("task_layers",),
 }
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Kernels may contract a * b + c as nvcc does; -O1 compiles in half the time of -O2.

@@ -12,6 +12,8 @@ from cuda_emulation.cases import Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
 from cuda_emulation.test_sgd_update import Tensors
 from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
+from cuda_emulation.test_task_linear import make as make_linear
+from cuda_emulation.test_task_linear import run as run_linear
 
 ONE_BLOCK = 1  # takes all the work, so that shared memory is used again and again
 SCHEDULES = [("random", seed) for seed in range(6)] + [("forward", 0), ("reverse", 0)]
@@ -36,11 +38,16 @@ def matching(similarity, nll, dtype=torch.float32):
     return run
 
 
+def task_linear(emulation):
+    return [run_linear(emulation, "float32", *make_linear(2, 20, 100, 30, torch.float32))]
+
+
 @pytest.mark.parametrize(
     "run",
     [
         pytest.param(segment_mean, id="segment_mean"),
         pytest.param(sgd_update, id="sgd_update"),
+        pytest.param(task_linear, id="task_linear"),
         pytest.param(matching("cosine", False), id="matching_attention", marks=pytest.mark.slow),
         pytest.param(matching("cosine", False, torch.bfloat16), id="on tensor cores"),
         pytest.param(matching("additive", True), id="matching_nll", marks=pytest.mark.slow),

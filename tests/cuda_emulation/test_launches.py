@@ -11,6 +11,8 @@ from cuda_emulation.cases import DTYPES, SIMILARITIES, Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
 from cuda_emulation.test_sgd_update import LAYOUTS, Tensors, run_forward
 from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
+from cuda_emulation.test_task_linear import make as make_linear
+from cuda_emulation.test_task_linear import run as run_linear
 
 SPEC = importlib.util.spec_from_file_location(
     "cuda_report", Path(__file__).resolve().parents[2] / "tools" / "cuda_report.py"
@@ -32,6 +34,10 @@ def sgd_update(emulation, dtype):
     run_sgd_backward(emulation, dtype, entries)
 
 
+def task_linear(emulation, dtype):
+    run_linear(emulation, dtype, *make_linear(2, 5, 600, 9, DTYPES[dtype]))
+
+
 def matching(similarity):
     def run(emulation, dtype):
         case = Case(1, 70, 67, 3, 260, similarity, DTYPES[dtype])
@@ -46,6 +52,7 @@ def matching(similarity):
     [
         pytest.param(segment_mean, "", id="segment_mean"),
         pytest.param(sgd_update, "", id="sgd_update"),
+        pytest.param(task_linear, "", id="task_linear"),
         *(pytest.param(matching(name), name, id=name) for name in SIMILARITIES),
     ],
 )
@@ -71,6 +78,7 @@ def test_launches_fit_every_architecture(emulation, run, similarity, dtype):
 def test_the_report_counts_with_the_shared_memory_that_is_launched(emulation, similarity, dtype):
     segment_mean(emulation, dtype)
     sgd_update(emulation, dtype)
+    task_linear(emulation, dtype)
     Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype]).run(emulation, nll=False)
     tensor = dtype == "bfloat16" and similarity in ("dot", "cosine")
     for launch in emulation.launches():

@@ -43,7 +43,7 @@ def derivatives(function, tensors):
     given = [leaf for leaf in leaves if leaf is not None]
     out = function(*leaves)
     grads = torch.autograd.grad((out.pow(3) / 3).sum(), given, create_graph=True)
-    scalar = sum((g * finite_weights(g.shape).to(g.dtype)).sum() for g in grads)
+    scalar = sum((g * finite_weights(g.shape).to(g)).sum() for g in grads)
     return [out, *grads, *torch.autograd.grad(scalar, given)]
 
 

@@ -53,7 +53,7 @@ def derivatives(function, tensors, geometry):
     given = [leaf for leaf in leaves if leaf is not None]
     out = function(*leaves, *geometry)
     grads = torch.autograd.grad(out.square().sum() / 2, given, create_graph=True)
-    scalar = sum((g * finite_weights(g.shape).to(g.dtype)).sum() for g in grads)
+    scalar = sum((g * finite_weights(g.shape).to(g)).sum() for g in grads)
     return [out, *grads, *torch.autograd.grad(scalar, given)]
 
 
