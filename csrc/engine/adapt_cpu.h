@@ -42,9 +42,7 @@ class Run {
       clear_gradients();
       return;
     }
-    // Thetas in a thread's memory: all of a task's, or where they are kept between calls, two.
-    const int64_t kept = mode_ == Mode::kMetaStep ? args_.steps : 2;
-    const Buffers<T> buffers(plan_, args_, wants_, kept);
+    const Buffers<T> buffers(plan_, args_, wants_, mode_ == Mode::kMetaStep);
     rate_width_ = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ? args_.rate_cols
                                                                             : plan_.fast.size;
     rate_size_ = wants_.rates ? args_.rate_rows * rate_width_ : 0;

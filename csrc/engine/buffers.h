@@ -26,7 +26,8 @@ class Buffers {
     std::vector<int64_t> saved;           // of each node
   };
 
-  Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, int64_t kept) {
+  // one_pass: the steps' sweep back follows the steps at once, in the same memory.
+  Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, bool one_pass) {
     const int values = static_cast<int>(plan.shapes.size());
     const int64_t parameters = plan.fast.size;
     // Whether a value that depends on no adapted parameter has a cotangent that somebody wants.
@@ -50,28 +51,44 @@ class Buffers {
       Pass& p = query ? this->query : support;
       for (auto* list : {&p.y, &p.dy, &p.gy, &p.dgy}) list->assign(values, -1);
       p.saved.assign(values, -1);
-      for (int v = 0; v < values; ++v) {
-        if (!plan.live[v]) continue;
-        const int64_t size = rows * plan.shapes[v].row();
-        const bool dynamic = !plan.is_static[v];
-        p.y[v] = take(size);
-        if (query) {
-          if (wants.backward && (dynamic || query_wanted[v])) p.gy[v] = take(size);
-        } else if (dynamic) {
-          p.gy[v] = take(size);
-          if (wants.second_order) {
-            p.dy[v] = take(size);
-            p.dgy[v] = take(size);
-          }
-        } else if (wants.second_order && support_wanted[v]) {
-          p.gy[v] = take(size);  // its cotangent, gathered over the steps
-        }
-        if (v == 0) continue;
+      const auto place_value = [&](int v) {
+        p.y[v] = take(rows * plan.shapes[v].row());
+        if (v == 0) return;
         const Node& n = plan.nodes[v - 1];
         const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
         if (!is_product) p.saved[v] = take(numbers(layers::saved_bytes<T>(n, rows)));
         scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
                                                        : layers::scratch_bytes<T>(n, rows)));
+      };
+      for (int v = 0; v < values; ++v) {
+        if (!plan.live[v]) continue;
+        const int64_t size = rows * plan.shapes[v].row();
+        const bool dynamic = !plan.is_static[v];
+        if (query || !dynamic) place_value(v);
+        if (query) {
+          if (wants.backward && (dynamic || query_wanted[v])) p.gy[v] = take(size);
+        } else if (wants.second_order) {
+          if (dynamic) {
+            p.dy[v] = take(size);
+            p.dgy[v] = take(size);
+          } else if (support_wanted[v]) {
+            p.gy[v] = take(size);  // its cotangent, gathered over the steps
+          }
+        }
+      }
+      if (query) continue;
+      const int64_t begin = total;
+      for (int v = 0; v < values; ++v) {
+        if (!plan.live[v] || plan.is_static[v]) continue;
+        place_value(v);
+        p.gy[v] = take(rows * plan.shapes[v].row());
+      }
+      record = total - begin;
+      const int64_t bytes = record * static_cast<int64_t>(sizeof(T));
+      if (one_pass && wants.second_order) {
+        records = std::clamp<int64_t>(kRecordBytes / std::max<int64_t>(bytes, 1), 1,
+                                      std::max<int64_t>(args.steps, 1));
+        total += (records - 1) * record;
       }
     }
     for (const Factored& f : plan.factored) {
@@ -92,7 +109,8 @@ class Buffers {
       scratch = std::max(scratch, f.weight.size);  // a whole weight, on its way in or out
     }
     this->scratch = take(scratch);
-    trajectory = take(kept * parameters);
+    // All of a task's thetas, or where they are kept between calls, two.
+    trajectory = take((one_pass ? args.steps : 2) * parameters);
     gradient = take(parameters);
     if (wants.backward) cotangent = take(parameters);
     if (wants.second_order) {
@@ -103,6 +121,10 @@ class Buffers {
   }
 
   Pass support, query;
+  // What a step's pass over the supports makes (y, gy, saved of what is not static) is a record.
+  // The last `records` steps have one each, `record` numbers apart: as many as the second-level
+  // cache has room for, so that their sweep back finds the primal values as they were.
+  int64_t record = 0, records = 0;
   std::vector<bool> support_wanted, query_wanted;
   std::vector<FactoredBuffers<T>> factored;
   int64_t scratch = -1, trajectory = -1;
@@ -113,6 +135,7 @@ class Buffers {
 
  private:
   static constexpr int64_t kAlign = 64 / sizeof(T);
+  static constexpr int64_t kRecordBytes = 128 << 10;
   static int64_t numbers(int64_t bytes) { return ceil_div(bytes, int64_t{sizeof(T)}); }
   int64_t take(int64_t size) {
     const int64_t place = total;

@@ -52,6 +52,8 @@ struct LayerCall {
   T* gx2;
   T* dgx2;
   bool add_gx, add_gx2;
+  // Dual passes alone: y holds the value already, and gx and gx2 are nullptr, for they do too.
+  bool known;
   T* gw;  // parameter gradients are added to what is there
   T* gb;
   T* dgw;

@@ -65,7 +65,9 @@ class Task {
 
   // Leaves the gradient of the support loss at theta in gradient().
   void support_gradient(int64_t step, const T* theta) {
-    support_forward(step, theta);
+    pass_ = step;
+    record_ = b_.records > 0 ? step % b_.records * b_.record : 0;
+    support_forward(theta);
     support_loss(false);
     zero(gradient(), c_.plan.fast.size);
     for (int v = values() - 1; v > 0; --v) {
@@ -158,12 +160,15 @@ class Task {
       }
     });
     pass_ = step;
+    record_ = b_.records > 0 ? step % b_.records * b_.record : 0;
+    const bool known = step >= c_.args.steps - b_.records;
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
       LayerCall<T> x = call(v, false, theta);
+      x.known = known;
       set_tangents(&x, v);
       if (const int f = factored_index(v); f >= 0) {
-        factored_[f].forward(x.w, x.b, x.y);
+        if (!known) factored_[f].forward(x.w, x.b, x.y);
         factored_[f].tangent(x.dw, x.db, x.dy);
       } else {
         run_dual_forward(x);
@@ -178,6 +183,7 @@ class Task {
     for (int v = values() - 1; v > 0; --v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
       LayerCall<T> x = call(v, false, theta);
+      x.known = known;
       set_tangents(&x, v);
       set_inputs(x, v, b_.support, true);
       set_parameters(x, v, rate_gradient != nullptr ? gradient() : nullptr, nullptr, false);
@@ -317,6 +323,10 @@ class Task {
 
   int values() const { return static_cast<int>(c_.plan.shapes.size()); }
   T* at(int64_t place) const { return memory_ + place; }
+  // Of a value; in the pass over the supports, in the record of the step at hand.
+  T* at(const Pass& p, const std::vector<int64_t>& places, int v) const {
+    return at(places[v] + (&p == &b_.support && !c_.plan.is_static[v] ? record_ : 0));
+  }
   void clear(int64_t place, int v) { zero(at(place), c_.args.supports * c_.plan.shapes[v].row()); }
 
   bool per_number() const {
@@ -347,7 +357,7 @@ class Task {
     x.loss = &loss;
     x.shape = c_.plan.out();
     x.rows = rows;
-    x.prediction = at(p.y.back());
+    x.prediction = at(p, p.y, values() - 1);
     if (loss.kind == LossKind::kCrossEntropy) {
       x.labels = static_cast<const int64_t*>(target) + task_ * rows;
     } else {
@@ -355,12 +365,11 @@ class Task {
           static_cast<const T*>(target) + task_ * rows * x.shape.channels * x.shape.pixels();
     }
     if (loss.weight) x.weight = c_.shared + c_.plan.param(loss.weight).offset;
-    if (p.gy.back() >= 0) x.g = at(p.gy.back());
+    if (p.gy.back() >= 0) x.g = at(p, p.gy, values() - 1);
     return x;
   }
 
-  void support_forward(int64_t step, const T* theta) {
-    pass_ = step;
+  void support_forward(const T* theta) {
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
       const LayerCall<T> x = call(v, false, theta);
@@ -389,9 +398,9 @@ class Task {
     LayerCall<T> x{};
     x.node = &n;
     x.rows = query ? c_.args.queries : c_.args.supports;
-    x.x = at(p.y[n.input]);
-    if (n.input2 >= 0) x.x2 = at(p.y[n.input2]);
-    x.y = at(p.y[v]);
+    x.x = at(p, p.y, n.input);
+    if (n.input2 >= 0) x.x2 = at(p, p.y, n.input2);
+    x.y = at(p, p.y, v);
     const auto value = [&](const ParamRef& ref) -> const T* {
       if (!ref) return nullptr;
       return (ref.adapted ? theta : c_.shared) + c_.plan.param(ref).offset;
@@ -400,7 +409,7 @@ class Task {
     x.b = value(n.b);
     x.mean = value(n.mean);
     x.var = value(n.var);
-    if (p.saved[v] >= 0) x.saved = at(p.saved[v]);
+    if (p.saved[v] >= 0) x.saved = at(p, p.saved, v);
     x.scratch = at(b_.scratch);
     x.seed = c_.args.seed;
     x.pass = query ? -1 : pass_;
@@ -423,7 +432,7 @@ class Task {
   // it writes and the others add.
   void set_inputs(LayerCall<T>& x, int v, const Pass& p, bool dual) const {
     const Node& n = *x.node;
-    x.gy = at(p.gy[v]);
+    x.gy = at(p, p.gy, v);
     if (dual) x.dgy = at(p.dgy[v]);
     const auto input = [&](int u, T** gx, T** dgx, bool* add) {
       const bool gathers = &p == &b_.support && c_.plan.is_static[u];
@@ -432,7 +441,7 @@ class Task {
         *add = true;
         return;
       }
-      if (p.gy[u] >= 0) *gx = at(p.gy[u]);
+      if (p.gy[u] >= 0 && !x.known) *gx = at(p, p.gy, u);
       if (dual && p.dgy[u] >= 0) *dgx = at(p.dgy[u]);
       *add = c_.plan.last_use[u] != v;
     };
@@ -473,7 +482,7 @@ class Task {
   const Buffers<T>& b_;
   T* memory_;
   std::vector<FactoredLayer<T>> factored_;
-  int64_t task_ = 0, pass_ = 0;
+  int64_t task_ = 0, pass_ = 0, record_ = 0;
 };
 
 }  // namespace fastmeta::engine::FASTMETA_ISA

@@ -7,7 +7,8 @@
 //
 // Multiply-adds, in units of positions * taps * channels * outputs: forward 1, backward 2,
 // dual_forward 3 (2 where the input has no tangent), dual_backward 5 (2 where the input has none
-// and wants none), and one more each for the primal weight gradient where it is wanted.
+// and wants none), and one more each for the primal weight gradient where it is wanted. Both duals
+// are spared one where the primal values are known from the first pass.
 #pragma once
 #include "common/gemm.h"
 #include "engine/layer.h"
@@ -251,7 +252,9 @@ static void forward_both(const LayerCall<T>& call, bool dual) {
       };
       GemmStart<T> start;
       if (call.node->groups == 1) start.bias = call.b;
-      product(call.y, [&](Matrix<T> y) { gemm<T>(m, d.patch, a, lda, 1, w, y, start); });
+      if (!call.known) {
+        product(call.y, [&](Matrix<T> y) { gemm<T>(m, d.patch, a, lda, 1, w, y, start); });
+      }
       if (!dual) continue;
       const ConstMatrix<T> dw{call.dw == nullptr ? nullptr : call.dw + g * d.weights(), d.patch,
                               d.cols, 0};
@@ -276,7 +279,7 @@ static void forward_both(const LayerCall<T>& call, bool dual) {
   if (call.node->groups > 1) {
     for (int64_t i = 0; i < total; ++i) {
       for (int64_t c = 0; c < call.node->out.channels; ++c) {
-        if (call.b != nullptr) call.y[i * ld + c] += call.b[c];
+        if (call.b != nullptr && !call.known) call.y[i * ld + c] += call.b[c];
         if (dual && call.db != nullptr) call.dy[i * ld + c] += call.db[c];
       }
     }
