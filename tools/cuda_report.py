@@ -92,10 +92,19 @@ DESIGN = (
     Design(r"task_layers.*product_kernel<.*Matrix.*, true>", "task_linear", 256, 0, 2, True),
     Design(r"task_layers.*product_kernel<.*Matrix", "task_linear", 256, 0, 2),
     Design(r"task_layers.*sum_parts_kernel<", "task_layers: sums of parts", 256, 0, 4),
-    Design(r"update.*sgd_kernel<", "sgd_update", 256, 0, 3),
-    Design(r"update.*sgd_backward_kernel<", "sgd_update_backward", 256, 0, 3),
-    Design(r"update.*sgd_reduce_kernel<", "sgd_update_backward: sums", 256, 0, 3),
-    Design(r"update.*sgd_finish_kernel<", "sgd_update_backward: totals", 256, 0, 3),
+    *(
+        Design(rf"update.*{kernel}_kernel<{kind}.*::{op}{part}Step>", launch, 256, 0, blocks)
+        for op in ("Sgd", "Momentum", "Adam")
+        for kernel, part, launch in (
+            ("step", "", f"{op.lower()}_update"),
+            ("backward", "Backward", f"{op.lower()}_update_backward"),
+        )
+        for kind, blocks in (("double", 2), ("", 3))
+    ),
+    *(
+        Design(r"update.*finish_kernel<", f"{op}_update_backward: totals", 256, 0, 4)
+        for op in ("sgd", "momentum", "adam")
+    ),
 )
 
 

@@ -31,6 +31,14 @@ struct AdamTensor {
   void* out;         // [T_p, N_p] contiguous, in dtype
   void* out_mean;    // likewise, in lr_dtype
   void* out_square;  // likewise
+
+  static constexpr int kIn = 2, kStateIn = 2, kOut = 1, kStateOut = 2;
+  static constexpr Field<AdamTensor> kOperands[] = {{"param", &AdamTensor::param},
+                                                    {"grad", &AdamTensor::grad},
+                                                    {"mean", &AdamTensor::mean},
+                                                    {"square", &AdamTensor::square}};
+  static constexpr void* AdamTensor::* kResults[] = {&AdamTensor::out, &AdamTensor::out_mean,
+                                                     &AdamTensor::out_square};
 };
 
 struct Adam {
@@ -48,6 +56,18 @@ struct AdamBackwardTensor {
   void* grad_mean;    // likewise, in lr_dtype
   void* grad_square;  // likewise
   void* grad_lr;      // acc, laid out by lr's strides; nullptr: not wanted
+
+  static constexpr int kIn = 2, kStateIn = 4, kOut = 1, kStateOut = 2;
+  static constexpr Field<AdamBackwardTensor> kOperands[] = {
+      {"grad_out", &AdamBackwardTensor::grad_out},
+      {"grad", &AdamBackwardTensor::grad},
+      {"grad_out_mean", &AdamBackwardTensor::grad_out_mean},
+      {"grad_out_square", &AdamBackwardTensor::grad_out_square},
+      {"mean", &AdamBackwardTensor::mean},
+      {"square", &AdamBackwardTensor::square}};
+  static constexpr void* AdamBackwardTensor::* kResults[] = {&AdamBackwardTensor::grad_grad,
+                                                             &AdamBackwardTensor::grad_mean,
+                                                             &AdamBackwardTensor::grad_square};
 };
 
 struct AdamBackward {
@@ -67,5 +87,12 @@ FASTMETA_UPDATE_CPU(baseline)
 FASTMETA_UPDATE_CPU(avx2)
 FASTMETA_UPDATE_CPU(avx512)
 #undef FASTMETA_UPDATE_CPU
+
+namespace cuda {
+// Launchers of adam_update_cuda.cu, as in sgd_update.h.
+void adam(const Adam& args, void* stream);
+int64_t adam_backward_workspace(const AdamBackward& args);
+void adam_backward(const AdamBackward& args, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace fastmeta::update

@@ -25,15 +25,7 @@ struct Moments {
 
 struct Step {
   using Tensor = AdamTensor;
-  static constexpr int kIn = 2, kStateIn = 2, kOut = 1, kStateOut = 2;
   static constexpr bool kHasLrTerm = false;
-  static const Operand& operand(const Tensor& x, int i) {
-    const Operand* all[] = {&x.param, &x.grad, &x.mean, &x.square};
-    return *all[i];
-  }
-  static void* result(const Tensor& x, int i) {
-    return i == 0 ? x.out : i == 1 ? x.out_mean : x.out_square;
-  }
 
   template <class A>
   FASTMETA_INLINE_MEMBER void apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) const {
@@ -48,16 +40,7 @@ struct Step {
 
 struct StepBackward {
   using Tensor = AdamBackwardTensor;
-  static constexpr int kIn = 2, kStateIn = 4, kOut = 1, kStateOut = 2;
   static constexpr bool kHasLrTerm = true;
-  static const Operand& operand(const Tensor& x, int i) {
-    const Operand* all[] = {&x.grad_out,        &x.grad, &x.grad_out_mean,
-                            &x.grad_out_square, &x.mean, &x.square};
-    return *all[i];
-  }
-  static void* result(const Tensor& x, int i) {
-    return i == 0 ? x.grad_grad : i == 1 ? x.grad_mean : x.grad_square;
-  }
 
   template <class A>
   FASTMETA_INLINE_MEMBER Vec<A> apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) const {

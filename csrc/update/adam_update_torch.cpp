@@ -1,6 +1,4 @@
 // Bridge of adam_update: checks, allocation, and the bias corrections of the step.
-// On CUDA the op has no kernel yet and runs its reference, as fm.backend_info() says.
-#if !defined(FASTMETA_CUDA)
 #include <cmath>
 
 #include "update/adam_update.h"
@@ -40,7 +38,12 @@ std::tuple<Tensors, Tensors, Tensors> adam_update(const Tensors& params, const T
   const Adam args{bridge::dtype_of(grads[0]), bridge::acc_dtype_of(grads[0]),
                   coefficients(beta1, beta2, eps, eps_root, step),
                   static_cast<int64_t>(tensors.size()), tensors.data()};
+#if defined(FASTMETA_CUDA)
+  const bridge::CudaScope scope(grads[0]);
+  cuda::adam(args, scope.stream());
+#else
   FASTMETA_DISPATCH(current_isa(), update, adam, args, bridge::parallel_for);
+#endif
   return {out, out_means, out_squares};
 }
 
@@ -75,7 +78,13 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_backward(
   const AdamBackward args{bridge::dtype_of(grads[0]), bridge::acc_dtype_of(grads[0]),
                           coefficients(beta1, beta2, eps, eps_root, step),
                           static_cast<int64_t>(tensors.size()), tensors.data()};
+#if defined(FASTMETA_CUDA)
+  const bridge::CudaScope scope(grads[0]);
+  const Tensor workspace = bridge::workspace(grads[0], cuda::adam_backward_workspace(args));
+  cuda::adam_backward(args, workspace.mutable_data_ptr(), scope.stream());
+#else
   FASTMETA_DISPATCH(current_isa(), update, adam_backward, args, bridge::parallel_for);
+#endif
   for (size_t i = 0; with_lr && i < grads.size(); ++i) {
     grad_lrs[i] = sum_to(grad_lrs[i], shape_of(lrs[i]));
   }
@@ -84,11 +93,9 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
   m.impl("adam_update", TORCH_BOX(&adam_update));
   m.impl("adam_update_backward", TORCH_BOX(&adam_update_backward));
 }
 
 }  // namespace fastmeta::update
-
-#endif  // !FASTMETA_CUDA

@@ -23,6 +23,13 @@ struct MomentumTensor {
   Operand param, grad, buffer, lr;
   void* out;         // [T_p, N_p] contiguous, in dtype
   void* out_buffer;  // likewise, in lr_dtype
+
+  static constexpr int kIn = 2, kStateIn = 1, kOut = 1, kStateOut = 1;
+  static constexpr Field<MomentumTensor> kOperands[] = {{"param", &MomentumTensor::param},
+                                                        {"grad", &MomentumTensor::grad},
+                                                        {"buffer", &MomentumTensor::buffer}};
+  static constexpr void* MomentumTensor::* kResults[] = {&MomentumTensor::out,
+                                                         &MomentumTensor::out_buffer};
 };
 
 struct Momentum {
@@ -39,6 +46,15 @@ struct MomentumBackwardTensor {
   void* grad_grad;    // [T_p, N_p] contiguous, in dtype
   void* grad_buffer;  // likewise, in lr_dtype
   void* grad_lr;      // acc, laid out by lr's strides; nullptr: not wanted
+
+  static constexpr int kIn = 2, kStateIn = 2, kOut = 1, kStateOut = 1;
+  static constexpr Field<MomentumBackwardTensor> kOperands[] = {
+      {"grad_out", &MomentumBackwardTensor::grad_out},
+      {"grad", &MomentumBackwardTensor::grad},
+      {"grad_out_buffer", &MomentumBackwardTensor::grad_out_buffer},
+      {"buffer", &MomentumBackwardTensor::buffer}};
+  static constexpr void* MomentumBackwardTensor::* kResults[] = {
+      &MomentumBackwardTensor::grad_grad, &MomentumBackwardTensor::grad_buffer};
 };
 
 struct MomentumBackward {
@@ -58,5 +74,12 @@ FASTMETA_UPDATE_CPU(baseline)
 FASTMETA_UPDATE_CPU(avx2)
 FASTMETA_UPDATE_CPU(avx512)
 #undef FASTMETA_UPDATE_CPU
+
+namespace cuda {
+// Launchers of momentum_update_cuda.cu, as in sgd_update.h.
+void momentum(const Momentum& args, void* stream);
+int64_t momentum_backward_workspace(const MomentumBackward& args);
+void momentum_backward(const MomentumBackward& args, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace fastmeta::update

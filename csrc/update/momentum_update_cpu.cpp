@@ -8,12 +8,7 @@ namespace {
 
 struct Step {
   using Tensor = MomentumTensor;
-  static constexpr int kIn = 2, kStateIn = 1, kOut = 1, kStateOut = 1;
   static constexpr bool kHasLrTerm = false;
-  static const Operand& operand(const Tensor& x, int i) {
-    return i == 0 ? x.param : i == 1 ? x.grad : x.buffer;
-  }
-  static void* result(const Tensor& x, int i) { return i == 0 ? x.out : x.out_buffer; }
 
   template <class A>
   FASTMETA_INLINE_MEMBER void apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) const {
@@ -28,13 +23,7 @@ struct Step {
 
 struct StepBackward {
   using Tensor = MomentumBackwardTensor;
-  static constexpr int kIn = 2, kStateIn = 2, kOut = 1, kStateOut = 1;
   static constexpr bool kHasLrTerm = true;
-  static const Operand& operand(const Tensor& x, int i) {
-    const Operand* all[] = {&x.grad_out, &x.grad, &x.grad_out_buffer, &x.buffer};
-    return *all[i];
-  }
-  static void* result(const Tensor& x, int i) { return i == 0 ? x.grad_grad : x.grad_buffer; }
 
   template <class A>
   FASTMETA_INLINE_MEMBER Vec<A> apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) const {

@@ -1,6 +1,4 @@
 // Bridge of momentum_update: checks, allocation, and momentum's numbers as coefficients.
-// On CUDA the op has no kernel yet and runs its reference, as fm.backend_info() says.
-#if !defined(FASTMETA_CUDA)
 #include "update/momentum_update.h"
 #include "update/update_bridge.h"
 
@@ -35,7 +33,12 @@ std::tuple<Tensors, Tensors> momentum_update(const Tensors& params, const Tensor
   const Momentum args{bridge::dtype_of(grads[0]), bridge::acc_dtype_of(grads[0]),
                       coefficients(momentum, dampening, nesterov),
                       static_cast<int64_t>(tensors.size()), tensors.data()};
+#if defined(FASTMETA_CUDA)
+  const bridge::CudaScope scope(grads[0]);
+  cuda::momentum(args, scope.stream());
+#else
   FASTMETA_DISPATCH(current_isa(), update, momentum, args, bridge::parallel_for);
+#endif
   return {out, out_buffers};
 }
 
@@ -68,7 +71,13 @@ std::tuple<Tensors, Tensors, Tensors> momentum_update_backward(
   const MomentumBackward args{bridge::dtype_of(grads[0]), bridge::acc_dtype_of(grads[0]),
                               coefficients(momentum, dampening, nesterov),
                               static_cast<int64_t>(tensors.size()), tensors.data()};
+#if defined(FASTMETA_CUDA)
+  const bridge::CudaScope scope(grads[0]);
+  const Tensor workspace = bridge::workspace(grads[0], cuda::momentum_backward_workspace(args));
+  cuda::momentum_backward(args, workspace.mutable_data_ptr(), scope.stream());
+#else
   FASTMETA_DISPATCH(current_isa(), update, momentum_backward, args, bridge::parallel_for);
+#endif
   for (size_t i = 0; with_lr && i < grads.size(); ++i) {
     grad_lrs[i] = sum_to(grad_lrs[i], shape_of(lrs[i]));
   }
@@ -77,11 +86,9 @@ std::tuple<Tensors, Tensors, Tensors> momentum_update_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
   m.impl("momentum_update", TORCH_BOX(&momentum_update));
   m.impl("momentum_update_backward", TORCH_BOX(&momentum_update_backward));
 }
 
 }  // namespace fastmeta::update
-
-#endif  // !FASTMETA_CUDA

@@ -19,10 +19,25 @@ struct Operand {
   int64_t task_stride, element_stride;
 };
 
+// A member of the struct that describes one tensor of the list, and its name. The structs of all
+// updates list what their formulas take besides the rate and what they give in this way, so that
+// the loops of both devices are written once: first kIn operands of dtype, then kStateIn of the
+// accumulation type, and kOut and kStateOut results likewise.
+template <class Tensor>
+struct Field {
+  const char* name;
+  Operand Tensor::* at;
+};
+
 struct SgdTensor {
   int64_t num_tasks, num_elements;  // T_p, N_p
-  Operand param, grad, lr;          // param unused in backward
-  void* out;                        // [T_p, N_p] contiguous
+  Operand param, grad, lr;
+  void* out;  // [T_p, N_p] contiguous
+
+  static constexpr int kIn = 2, kStateIn = 0, kOut = 1, kStateOut = 0;
+  static constexpr Field<SgdTensor> kOperands[] = {{"param", &SgdTensor::param},
+                                                   {"grad", &SgdTensor::grad}};
+  static constexpr void* SgdTensor::* kResults[] = {&SgdTensor::out};
 };
 
 struct Sgd {
@@ -37,6 +52,11 @@ struct SgdBackwardTensor {
   Operand grad_out, grad, lr;
   void* grad_grad;  // [T_p, N_p] contiguous, in dtype
   void* grad_lr;    // acc, laid out by lr's strides: [T, N], [N], [T] or [1]; nullptr: not wanted
+
+  static constexpr int kIn = 2, kStateIn = 0, kOut = 1, kStateOut = 0;
+  static constexpr Field<SgdBackwardTensor> kOperands[] = {
+      {"grad_out", &SgdBackwardTensor::grad_out}, {"grad", &SgdBackwardTensor::grad}};
+  static constexpr void* SgdBackwardTensor::* kResults[] = {&SgdBackwardTensor::grad_grad};
 };
 
 struct SgdBackward {
@@ -59,8 +79,7 @@ FASTMETA_UPDATE_CPU(avx512)
 namespace cuda {
 // Launchers of sgd_update_cuda.cu. stream is a cudaStream_t of the current device; the tensor lists
 // are read on the host before the call returns. workspace is device memory of
-// sgd_backward_workspace() bytes, 16-byte aligned. grad_grad or grad_lr may be nullptr where that
-// gradient is not wanted.
+// sgd_backward_workspace() bytes, 16-byte aligned.
 void sgd(const Sgd& args, void* stream);
 int64_t sgd_backward_workspace(const SgdBackward& args);
 void sgd_backward(const SgdBackward& args, void* workspace, void* stream);

@@ -9,10 +9,7 @@ namespace {
 
 struct Step {
   using Tensor = SgdTensor;
-  static constexpr int kIn = 2, kStateIn = 0, kOut = 1, kStateOut = 0;
   static constexpr bool kHasLrTerm = false;
-  static const Operand& operand(const Tensor& x, int i) { return i == 0 ? x.param : x.grad; }
-  static void* result(const Tensor& x, int) { return x.out; }
 
   template <class A>
   FASTMETA_INLINE void apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) {
@@ -22,10 +19,7 @@ struct Step {
 
 struct StepBackward {
   using Tensor = SgdBackwardTensor;
-  static constexpr int kIn = 2, kStateIn = 0, kOut = 1, kStateOut = 0;
   static constexpr bool kHasLrTerm = true;
-  static const Operand& operand(const Tensor& x, int i) { return i == 0 ? x.grad_out : x.grad; }
-  static void* result(const Tensor& x, int) { return x.grad_grad; }
 
   template <class A>
   FASTMETA_INLINE Vec<A> apply(const Vec<A>* in, Vec<A> lr, Vec<A>* out) {

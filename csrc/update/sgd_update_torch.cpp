@@ -60,8 +60,7 @@ std::tuple<Tensors, Tensors> sgd_update_backward(const Tensors& grad_outs, const
                          static_cast<int64_t>(tensors.size()), tensors.data()};
 #if defined(FASTMETA_CUDA)
   const bridge::CudaScope scope(grads[0]);
-  const int64_t bytes = cuda::sgd_backward_workspace(args);
-  Tensor workspace = bridge::empty(grads[0], {(bytes + 7) / 8}, ScalarType::Long);
+  const Tensor workspace = bridge::workspace(grads[0], cuda::sgd_backward_workspace(args));
   cuda::sgd_backward(args, workspace.mutable_data_ptr(), scope.stream());
 #else
   FASTMETA_DISPATCH(current_isa(), update, sgd_backward, args, bridge::parallel_for);

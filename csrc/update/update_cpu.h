@@ -5,13 +5,11 @@
 // the last-level cache are stored past it.
 //
 // A formula F of forward or backward has
-//   Tensor                       the plain struct of one tensor: num_tasks, num_elements, lr, ...
-//   kIn, kStateIn                operands in storage type S, and after them in Acc<S> (the state)
-//   kOut, kStateOut              results likewise
-//   operand(x, i), result(x, i)  the i-th operand and where the i-th result goes, of a Tensor x
-//   kHasLrTerm                   whether it is a backward formula
-//   apply(in, lr, out)           the element itself, on vectors; a backward formula's apply returns
-//                                the element's share of lr's gradient, negated
+//   Tensor              the plain struct of one tensor, which lists operands and results
+//   kHasLrTerm          whether it is a backward formula
+//   apply(in, lr, out)  the element itself, on vectors; a backward formula's apply returns the
+//                       element's share of lr's gradient, negated
+// Operands and results are of storage type S, and the state of Acc<S>.
 #pragma once
 #include "common/scratch.h"
 #include "common/vec.h"
@@ -31,14 +29,22 @@ FASTMETA_INLINE bool is_constant(const Operand& x, int64_t tasks) {
   return x.element_stride == 0 && (x.task_stride == 0 || tasks == 1);
 }
 
+template <class Tensor>
+FASTMETA_INLINE const Operand& operand(const Tensor& x, int i) {
+  return x.*Tensor::kOperands[i].at;
+}
+template <class Tensor>
+FASTMETA_INLINE void* result(const Tensor& x, int i) {
+  return x.*Tensor::kResults[i];
+}
+
 // Whether tasks and elements are one long row for every operand.
 template <class F>
 FASTMETA_INLINE bool folds(const typename F::Tensor& x) {
   const int64_t t = x.num_tasks, n = x.num_elements;
   bool fold = is_dense(x.lr, t, n) || is_constant(x.lr, t);
-  for (int i = 0; i < F::kIn + F::kStateIn; ++i) {
-    const Operand& operand = F::operand(x, i);
-    fold = fold && (is_dense(operand, t, n) || is_constant(operand, t));
+  for (int i = 0; i < F::Tensor::kIn + F::Tensor::kStateIn; ++i) {
+    fold = fold && (is_dense(operand(x, i), t, n) || is_constant(operand(x, i), t));
   }
   return fold;
 }
@@ -55,7 +61,8 @@ FASTMETA_INLINE bool streams(const typename F::Tensor* tensors, int64_t num_tens
   for (int64_t k = 0; k < num_tensors; ++k) {
     elements += tensors[k].num_tasks * tensors[k].num_elements;
   }
-  constexpr int64_t kNumbers = F::kIn + F::kStateIn + F::kOut + F::kStateOut;
+  constexpr int64_t kNumbers =
+      F::Tensor::kIn + F::Tensor::kStateIn + F::Tensor::kOut + F::Tensor::kStateOut;
   return elements * kNumbers * static_cast<int64_t>(sizeof(S)) >= kPastCacheBytes;
 }
 
@@ -91,30 +98,31 @@ FASTMETA_INLINE void put(T* p, Vec<Acc<T>> x, int n) {
 template <class S, class F>
 struct Row {
   using A = Acc<S>;
-  static constexpr int kStates = F::kStateIn > 0 ? F::kStateIn : 1;
-  static constexpr int kStateResults = F::kStateOut > 0 ? F::kStateOut : 1;
-  Walk<S> in[F::kIn];
+  using Tensor = typename F::Tensor;
+  static constexpr int kStates = Tensor::kStateIn > 0 ? Tensor::kStateIn : 1;
+  static constexpr int kStateResults = Tensor::kStateOut > 0 ? Tensor::kStateOut : 1;
+  Walk<S> in[Tensor::kIn];
   Walk<A> state[kStates];
   Walk<A> lr;
-  S* out[F::kOut];
+  S* out[Tensor::kOut];
   A* state_out[kStateResults];
   bool plain;  // every operand but lr walks along
 
-  Row(const typename F::Tensor& x, int64_t task, int64_t begin, int64_t elements) {
+  Row(const Tensor& x, int64_t task, int64_t begin, int64_t elements) {
     plain = true;
-    for (int k = 0; k < F::kIn; ++k) {
-      in[k] = Walk<S>(F::operand(x, k), task, begin);
+    for (int k = 0; k < Tensor::kIn; ++k) {
+      in[k] = Walk<S>(operand(x, k), task, begin);
       plain = plain && in[k].along;
     }
-    for (int k = 0; k < F::kStateIn; ++k) {
-      state[k] = Walk<A>(F::operand(x, F::kIn + k), task, begin);
+    for (int k = 0; k < Tensor::kStateIn; ++k) {
+      state[k] = Walk<A>(operand(x, Tensor::kIn + k), task, begin);
       plain = plain && state[k].along;
     }
     lr = Walk<A>(x.lr, task, begin);
     const int64_t offset = task * elements + begin;
-    for (int k = 0; k < F::kOut; ++k) out[k] = static_cast<S*>(F::result(x, k)) + offset;
-    for (int k = 0; k < F::kStateOut; ++k) {
-      state_out[k] = static_cast<A*>(F::result(x, F::kOut + k)) + offset;
+    for (int k = 0; k < Tensor::kOut; ++k) out[k] = static_cast<S*>(result(x, k)) + offset;
+    for (int k = 0; k < Tensor::kStateOut; ++k) {
+      state_out[k] = static_cast<A*>(result(x, Tensor::kOut + k)) + offset;
     }
   }
 
@@ -124,10 +132,10 @@ struct Row {
     constexpr uintptr_t kLine = 64;
     const auto offset = [&](const A* p) { return reinterpret_cast<uintptr_t>(p + i) % kLine; };
     const uintptr_t first = offset(reinterpret_cast<const A*>(out[0]));
-    for (int k = 1; k < F::kOut; ++k) {
+    for (int k = 1; k < Tensor::kOut; ++k) {
       if (offset(reinterpret_cast<const A*>(out[k])) != first) return -1;
     }
-    for (int k = 0; k < F::kStateOut; ++k) {
+    for (int k = 0; k < Tensor::kStateOut; ++k) {
       if (offset(state_out[k]) != first) return -1;
     }
     return static_cast<int64_t>((kLine - first) % kLine / sizeof(A));
@@ -137,24 +145,25 @@ struct Row {
   // lr is checked for standing still. Returns what the formula does.
   template <bool kPlain, bool kWhole, bool kStream = false>
   FASTMETA_INLINE auto step(const F& formula, const Row& r, int64_t i, int n) {
-    constexpr int kAll = F::kIn + F::kStateIn, kResults = F::kOut + F::kStateOut;
+    constexpr int kAll = Tensor::kIn + Tensor::kStateIn,
+                  kResults = Tensor::kOut + Tensor::kStateOut;
     const int m = kWhole ? kWidth<A> : n;
     Vec<A> x[kAll], y[kResults];
     FASTMETA_UNROLL
-    for (int k = 0; k < F::kIn; ++k) {
+    for (int k = 0; k < Tensor::kIn; ++k) {
       x[k] = kPlain && kWhole ? load(r.in[k].data + i) : Walk<S>::read(r.in[k], i, m);
     }
     FASTMETA_UNROLL
-    for (int k = 0; k < F::kStateIn; ++k) {
-      x[F::kIn + k] =
+    for (int k = 0; k < Tensor::kStateIn; ++k) {
+      x[Tensor::kIn + k] =
           kPlain && kWhole ? load(r.state[k].data + i) : Walk<A>::read(r.state[k], i, m);
     }
     const auto finish = [&] {
       FASTMETA_UNROLL
-      for (int k = 0; k < F::kOut; ++k) put<kWhole, kStream>(r.out[k] + i, y[k], m);
+      for (int k = 0; k < Tensor::kOut; ++k) put<kWhole, kStream>(r.out[k] + i, y[k], m);
       FASTMETA_UNROLL
-      for (int k = 0; k < F::kStateOut; ++k) {
-        put<kWhole, kStream>(r.state_out[k] + i, y[F::kOut + k], m);
+      for (int k = 0; k < Tensor::kStateOut; ++k) {
+        put<kWhole, kStream>(r.state_out[k] + i, y[Tensor::kOut + k], m);
       }
     };
     const Vec<A> lr = Walk<A>::read(r.lr, i, m);

@@ -22,10 +22,14 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastmeta as fm
 
 NATIVE = (
+    "adam_update",
+    "adam_update_backward",
     "matching_attention",
     "matching_attention_backward",
     "matching_nll",
     "matching_nll_backward",
+    "momentum_update",
+    "momentum_update_backward",
     "segment_mean",
     "segment_mean_backward",
     "sgd_update",
@@ -212,13 +216,48 @@ def test_segment_mean(case, dtype, device):
     torch.testing.assert_close(grad.double().cpu(), truth_grad, rtol=tolerance, atol=tolerance)
 
 
+def sgd(p, g, states, r):
+    return (p - r * g,)
+
+
+def momentum(p, g, states, r):
+    buffer = 0.75 * states[0] + g
+    return p - r * buffer, buffer
+
+
+def adam(p, g, states, r):
+    mean, square = 0.875 * states[0] + 0.125 * g, 0.75 * states[1] + 0.25 * g**2
+    step = mean / (1 - 0.875**2) / ((square / (1 - 0.75**2)).sqrt() + 1e-2)
+    return p - r * step, mean, square
+
+
+def fused_sgd(p, g, states, r):
+    return [fm.sgd_update(p, g, r)]
+
+
+def fused_momentum(p, g, states, r):
+    return fm.momentum_update(p, g, states[0], r, momentum=0.75)
+
+
+def fused_adam(p, g, states, r):
+    state = fm.AdamState(1, *states)
+    new, state = fm.adam_update(p, g, state, r, betas=(0.875, 0.75), eps=1e-2)
+    return new, state.mean, state.square
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("rate", ["number", "per_element", "per_task", "one"])
-def test_sgd_update(rate, dtype, device):
+@pytest.mark.parametrize(
+    ("formula", "fused", "states"),
+    [(sgd, fused_sgd, 0), (momentum, fused_momentum, 1), (adam, fused_adam, 2)],
+    ids=["sgd", "momentum", "adam"],
+)
+def test_updates(formula, fused, states, rate, dtype, device):
     shapes = [(3, 5), (3, 64, 9), (3, 1025), (3,)]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    params = [torch.randn(shape).to(dtype) for shape in shapes]
-    grads = [torch.randn(shape).to(dtype) for shape in shapes]
+    torch.manual_seed(0)
+    columns = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2)]
+    columns += [[torch.rand(shape, dtype=acc) + 0.1 for shape in shapes] for _ in range(states)]
     if rate == "number":
         rates = [torch.tensor(0.1, dtype=acc) for _ in shapes]
     elif rate == "per_element":
@@ -228,16 +267,26 @@ def test_sgd_update(rate, dtype, device):
             torch.randn((3 if rate == "per_task" else 1,) + (1,) * (len(shape) - 1), dtype=acc)
             for shape in shapes
         ]
-    flat = leaves(*params, *grads, *rates)
+    flat = [t for column in (*columns, rates) for t in column]
+
+    def split(tensors):
+        p, g, *kept, r = (tensors[k : k + 4] for k in range(0, len(tensors), 4))
+        return p, g, kept, r
+
     wide = leaves(*(t.double() for t in flat))
-    truth = [p - r * g for p, g, r in zip(wide[:4], wide[4:8], wide[8:], strict=True)]
+    p, g, kept, r = split(wide)
+    rows = [formula(p[k], g[k], [state[k] for state in kept], r[k]) for k in range(4)]
+    truth = [t for column in zip(*rows, strict=True) for t in column]
     truth_grads = gradients(sum(map(weighted_sum, truth)), wide)
     inputs = leaves(*on(device, *flat))
-    updated = fm.sgd_update(inputs[:4], inputs[4:8], inputs[8:])
+    updated = [t for column in fused(*split(inputs)) for t in column]
     found = gradients(sum(weighted_sum(u.cpu()) for u in updated), inputs)
-    tolerance = 64 * torch.finfo(dtype).eps
     for got, wanted in zip([*updated, *found], [*truth, *truth_grads], strict=True):
-        torch.testing.assert_close(got.double().cpu(), wanted, rtol=tolerance, atol=tolerance)
+        tolerance = 64 * torch.finfo(dtype).eps  # weights of the sum are rounded to dtype as well
+        scale = max(1.0, wanted.detach().abs().max().item())
+        torch.testing.assert_close(
+            got.double().cpu(), wanted, rtol=tolerance, atol=tolerance * scale
+        )
 
 
 def test_a_maml_step_equals_that_of_the_cpu(device):

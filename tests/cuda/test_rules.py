@@ -31,9 +31,23 @@ def sgd_update(query, support, labels, targets, scale, weight):
     return sum(u.square().sum() for u in fm.sgd_update([query, support], [query, support], scale))
 
 
+def momentum_update(query, support, labels, targets, scale, weight):
+    both = [query, support]
+    updated, buffers = fm.momentum_update(both, both, None, scale)
+    return sum(t.square().sum() for t in (*updated, *buffers))
+
+
+def adam_update(query, support, labels, targets, scale, weight):
+    both = [query, support]
+    updated, state = fm.adam_update(both, both, None, scale, eps=1e-2)
+    return sum(t.square().sum() for t in (*updated, *state.mean, *state.square))
+
+
 STEPS = {
     "segment_mean": segment_mean,
     "sgd_update": sgd_update,
+    "momentum_update": momentum_update,
+    "adam_update": adam_update,
     **{
         f"{'nll' if nll else 'attention'}-{name}": matching(name, nll)
         for name in ("dot", "cosine", "sqeuclidean", "euclidean", "additive")

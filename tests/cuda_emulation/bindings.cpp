@@ -6,7 +6,6 @@
 #include "cuemu.h"
 #include "matching/matching_attention.h"
 #include "segment/segment_mean.h"
-#include "update/sgd_update.h"
 
 namespace py = pybind11;
 using namespace fastmeta;  // NOLINT(build/namespaces): a test module
@@ -24,41 +23,6 @@ void mean_backward(const std::string& dtype, int64_t T, int64_t S, int64_t C, in
   segment::cuda::mean_backward(
       {dtype_of(dtype), T, S, C, D, at(grad), at<int64_t>(labels), at(count), at(grad_values)},
       nullptr);
-}
-
-using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, task stride, element stride
-
-update::Operand operand(const Strided& strided) {
-  const auto& [address, task_stride, element_stride] = strided;
-  return {at(address), task_stride, element_stride};
-}
-
-DType acc_of(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
-
-void sgd(const std::string& dtype,
-         const std::vector<std::tuple<int64_t, int64_t, Strided, Strided, Strided, uintptr_t>>&
-             tensors) {
-  std::vector<update::SgdTensor> list;
-  for (const auto& [T, N, param, grad, lr, out] : tensors) {
-    list.push_back({T, N, operand(param), operand(grad), operand(lr), at(out)});
-  }
-  const DType type = dtype_of(dtype);
-  update::cuda::sgd({type, acc_of(type), static_cast<int64_t>(list.size()), list.data()}, nullptr);
-}
-
-void sgd_backward(const std::string& dtype,
-                  const std::vector<std::tuple<int64_t, int64_t, Strided, Strided, Strided,
-                                               uintptr_t, uintptr_t>>& tensors) {
-  std::vector<update::SgdBackwardTensor> list;
-  for (const auto& [T, N, grad_out, grad, lr, grad_grad, grad_lr] : tensors) {
-    list.push_back(
-        {T, N, operand(grad_out), operand(grad), operand(lr), at(grad_grad), at(grad_lr)});
-  }
-  const DType type = dtype_of(dtype);
-  const update::SgdBackward args{type, acc_of(type), static_cast<int64_t>(list.size()),
-                                 list.data()};
-  const auto workspace = cuemu::fresh_shared(update::cuda::sgd_backward_workspace(args));
-  update::cuda::sgd_backward(args, workspace.get(), nullptr);
 }
 
 struct MatchingProblem {
@@ -142,8 +106,7 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
 
   m.def("segment_mean", &mean);
   m.def("segment_mean_backward", &mean_backward);
-  m.def("sgd", &sgd);
-  m.def("sgd_backward", &sgd_backward);
+  bind_updates(m);
   bind_task_layers(m);
   m.def("convert_bfloat16", &convert<bfloat16>);
   m.def("convert_float16", &convert<float16>);

@@ -23,3 +23,4 @@ inline fastmeta::DType dtype_of(const std::string& name) {
 }
 
 void bind_task_layers(pybind11::module_& m);
+void bind_updates(pybind11::module_& m);

@@ -34,14 +34,17 @@ BUILD = ROOT / "build" / "cuda_emulation"
 SOURCES = {
     CSRC / "segment" / "segment_mean_cuda.cu": ("segment",),
     CSRC / "update" / "sgd_update_cuda.cu": ("update",),
+    CSRC / "update" / "momentum_update_cuda.cu": ("update",),
+    CSRC / "update" / "adam_update_cuda.cu": ("update",),
     **(
         {CSRC / "matching" / "matching_attention_cuda.cu": ("matching",)}
         if (CSRC / "matching" / "matching_attention_cuda.cu").exists()
         else {}
     ),
     CSRC / "task_layers" / "task_linear_cuda.cu": ("task_layers",),
-    HERE / "bindings.cpp": ("segment", "update", "matching"),
+    HERE / "bindings.cpp": ("segment", "matching"),
     HERE / "bindings_task_layers.cpp": ("task_layers",),
+    HERE / "bindings_updates.cpp": ("update",),
 }
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Kernels may contract a * b + c as nvcc does; -O1 compiles in half the time of -O2.

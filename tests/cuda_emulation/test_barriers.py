@@ -10,10 +10,10 @@ import pytest
 import torch
 from cuda_emulation.cases import Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
-from cuda_emulation.test_sgd_update import Tensors
-from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
 from cuda_emulation.test_task_linear import make as make_linear
 from cuda_emulation.test_task_linear import run as run_linear
+from cuda_emulation.updates import Entry
+from cuda_emulation.updates import run_backward as run_update_backward
 
 ONE_BLOCK = 1  # takes all the work, so that shared memory is used again and again
 SCHEDULES = [("random", seed) for seed in range(6)] + [("forward", 0), ("reverse", 0)]
@@ -25,9 +25,13 @@ def segment_mean(emulation):
     return [mean, count, run_backward(emulation, mean, labels, count, "float32")]
 
 
-def sgd_update(emulation):
-    entries = [Tensors(3, 20000, "own", "own", lr, torch.float32, 1) for lr in ("one", "per_task")]
-    return [grad for grads in run_sgd_backward(emulation, "float32", entries) for grad in grads]
+def update(op):
+    def run(emulation):
+        entries = [Entry(op, 3, 9000, lr, torch.float32, 1) for lr in ("one", "per_task")]
+        grads = run_update_backward(emulation, entries)
+        return [value for named in grads for value in named.values()]
+
+    return run
 
 
 def matching(similarity, nll, dtype=torch.float32):
@@ -46,8 +50,9 @@ def task_linear(emulation):
     "run",
     [
         pytest.param(segment_mean, id="segment_mean"),
-        pytest.param(sgd_update, id="sgd_update"),
         pytest.param(task_linear, id="task_linear"),
+        pytest.param(update("sgd"), id="sgd_update"),
+        pytest.param(update("adam"), id="adam_update"),
         pytest.param(matching("cosine", False), id="matching_attention", marks=pytest.mark.slow),
         pytest.param(matching("cosine", False, torch.bfloat16), id="on tensor cores"),
         pytest.param(matching("additive", True), id="matching_nll", marks=pytest.mark.slow),

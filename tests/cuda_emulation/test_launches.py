@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from cuda_emulation.cases import DTYPES, SIMILARITIES, Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
-from cuda_emulation.test_sgd_update import LAYOUTS, Tensors, run_forward
-from cuda_emulation.test_sgd_update import run_backward as run_sgd_backward
 from cuda_emulation.test_task_linear import make as make_linear
 from cuda_emulation.test_task_linear import run as run_linear
+from cuda_emulation.updates import LAYOUTS, OPS, Entry, run_forward
+from cuda_emulation.updates import run_backward as run_update_backward
 
 SPEC = importlib.util.spec_from_file_location(
     "cuda_report", Path(__file__).resolve().parents[2] / "tools" / "cuda_report.py"
@@ -28,10 +28,13 @@ def segment_mean(emulation, dtype):
     run_backward(emulation, mean, labels, count, dtype)
 
 
-def sgd_update(emulation, dtype):
-    entries = [Tensors(2, 20000, "own", "own", lr, DTYPES[dtype], 1) for lr in LAYOUTS]
-    run_forward(emulation, dtype, entries)
-    run_sgd_backward(emulation, dtype, entries)
+def update(op):
+    def run(emulation, dtype):
+        entries = [Entry(op, 2, 9000, lr, DTYPES[dtype], 1) for lr in LAYOUTS]
+        run_forward(emulation, entries)
+        run_update_backward(emulation, entries)
+
+    return run
 
 
 def task_linear(emulation, dtype):
@@ -51,7 +54,7 @@ def matching(similarity):
     ("run", "similarity"),
     [
         pytest.param(segment_mean, "", id="segment_mean"),
-        pytest.param(sgd_update, "", id="sgd_update"),
+        *(pytest.param(update(op), "", id=f"{op}_update") for op in OPS),
         pytest.param(task_linear, "", id="task_linear"),
         *(pytest.param(matching(name), name, id=name) for name in SIMILARITIES),
     ],
@@ -77,7 +80,8 @@ def test_launches_fit_every_architecture(emulation, run, similarity, dtype):
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_the_report_counts_with_the_shared_memory_that_is_launched(emulation, similarity, dtype):
     segment_mean(emulation, dtype)
-    sgd_update(emulation, dtype)
+    for op in OPS:
+        update(op)(emulation, dtype)
     task_linear(emulation, dtype)
     Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype]).run(emulation, nll=False)
     tensor = dtype == "bfloat16" and similarity in ("dot", "cosine")
