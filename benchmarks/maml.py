@@ -65,13 +65,12 @@ class Meeting:
             wrt = list(model.parameters())
             if work.to_features:
                 wrt += [xs.requires_grad_(), xq.requires_grad_()]
-            outer = _maml.loss_of(work)
 
             def step() -> list[Tensor]:
-                if hasattr(maml, "loss"):  # query loss and meta-gradient in one pass
-                    return list(torch.autograd.grad(maml.loss(xs, ys, xq, yq), wrt))
-                out = maml(xs, ys, xq).flatten(0, 1)
-                return list(torch.autograd.grad(outer(out, yq.flatten(0, 1)), wrt))
+                for tensor in wrt:
+                    tensor.grad = None
+                maml.backward(xs, ys, xq, yq)
+                return [tensor.grad for tensor in wrt]
 
             if strategy != "auto":
                 own = fm.MAML(model, lr=work.lr, steps=work.K).plan().strategy

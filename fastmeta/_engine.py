@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastmeta._descent import Rates
+from fastmeta._engine_loss import Work, hand_out
 from fastmeta._engine_refusals import NoProgram
 from fastmeta._engine_trace import Trace, trace
 from fastmeta._inner_losses import Loss, NamedLoss, Supports, check_prediction
 from fastmeta._structure import Structure
 from fastmeta.errors import IGNORE_INDEX
-from fastmeta.ops._define import _below_autograd
 from fastmeta.ops._engine_program import Loss as ProgramLoss
 from fastmeta.ops._engine_program import Program, Shape
-from fastmeta.ops.engine import WANTED, adapt, refuse_twice
+from fastmeta.ops.engine import adapt
 
 __all__ = ["Engine", "NoProgram", "Prepared", "has_kernel"]
 
@@ -34,8 +34,6 @@ DTYPES = (torch.float32, torch.float64)
 KEPT = 256
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
-_meta_step = torch.ops.fastmeta.meta_step.default
 
 
 @functools.cache
@@ -317,12 +315,17 @@ class Engine:
         queries: Supports,
         steps: int,
         first_order: bool,
+        backward: bool,
     ) -> Tensor:
-        """Mean over the tasks of their query losses, with its gradients computed in one go."""
-        operands = self._operands(ready, model, values, rates, steps)
-        return self._launch(ready, operands, supports, queries, steps, first_order)
+        """Mean over the tasks of their query losses, with its gradients computed in one go.
 
-    def _launch(
+        ``backward``: these are handed out at once, and the loss has no graph.
+        """
+        operands = self._operands(ready, model, values, rates, steps)
+        work, tensors = self._work(ready, operands, supports, queries, steps, first_order)
+        return hand_out(*work.gradients(tensors)) if backward else work.loss(tensors)
+
+    def _work(
         self,
         ready: Prepared,
         operands: tuple[list[Tensor], list[Tensor], Tensor],
@@ -330,20 +333,16 @@ class Engine:
         queries: Supports,
         steps: int,
         first_order: bool,
-    ) -> Tensor:
+    ) -> tuple[Work, tuple[Tensor, ...]]:
+        """A meta-step, and the tensors that it may have gradients for."""
         fast, shared, table = operands
-        return _MetaLoss.apply(  # type: ignore[no-any-return]
+        work = Work(
             ready.text,
             (len(fast), len(shared)),
             (supports.y, queries.y),
             (steps, self._seed(ready), first_order),
-            torch.is_grad_enabled(),
-            *fast,
-            *shared,
-            table,
-            ready.rows(supports.x),
-            ready.rows(queries.x),
         )
+        return work, (*fast, *shared, table, ready.rows(supports.x), ready.rows(queries.x))
 
     def remember(self, ready: Prepared, given: Sequence[Tensor]) -> None:
         """Let `recall` take such a call from now on, as long as the module is what it is."""
@@ -355,7 +354,13 @@ class Engine:
         self._recalled[_signature(*given)] = ready, slots
 
     def recall(
-        self, model: nn.Module, rates: Rates, given: Sequence[Any], steps: int, first_order: bool
+        self,
+        model: nn.Module,
+        rates: Rates,
+        given: Sequence[Any],
+        steps: int,
+        first_order: bool,
+        backward: bool,
     ) -> Tensor | None:
         """What `loss` returns, by the shortest way, if such a call was taken before; else None.
 
@@ -383,18 +388,16 @@ class Engine:
         others = [held[key] for held, key in shared]
         if ready.weighted:
             others.append(self._loss.weight)
-        table = self._rates(rates, steps, ready.places, tensors[0])
+        supports, queries = Supports(support_x, support_y), Supports(query_x, query_y)
+        operands = tensors, others, self._rates(rates, steps, ready.places, tensors[0])
+        work, inputs = self._work(ready, operands, supports, queries, steps, first_order)
         try:
-            return self._launch(
-                ready,
-                (tensors, others, table),
-                Supports(support_x, support_y),
-                Supports(query_x, query_y),
-                steps,
-                first_order,
-            )
+            if not backward:
+                return work.loss(inputs)
+            found = work.gradients(inputs)
         except (RuntimeError, IndexError):
             return None
+        return hand_out(*found)
 
     def _seed(self, ready: Prepared) -> int:
         return int(torch.randint(2**62, ())) if ready.program.random else 0
@@ -426,71 +429,3 @@ def _unusual(device_type: str) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     return "autocast is enabled" if torch.is_autocast_enabled(device_type) else None
-
-
-class _MetaLoss(torch.autograd.Function):
-    """The mean query loss. Its gradients are there before anyone asks; backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        program: str,
-        counts: tuple[int, int],
-        targets: tuple[Tensor, Tensor],
-        options: tuple[int, int, bool],
-        learning: bool,
-        *tensors: Tensor,
-    ) -> Tensor:
-        fast, shared = counts[0], sum(counts)
-        needs, wanted = ctx.needs_input_grad[5:], 0
-        if learning:
-            asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
-            wanted = sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
-        with _below_autograd():
-            loss, _, *grads = _meta_step(
-                program,
-                tensors[:fast],
-                tensors[fast:shared],
-                *tensors[shared : shared + 2],
-                targets[0],
-                tensors[-1],
-                targets[1],
-                *options,
-                wanted,
-            )
-            if learning:
-                found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
-                # No saved tensors: those are held until after the backward pass, so that each
-                # would be copied into its parameter's .grad instead of becoming it.
-                ctx.grads = tuple([g for g, need in found if need])
-            return loss.mean()  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        grads = ctx.grads
-        if grads is None:
-            raise RuntimeError(
-                "MAML: trying to go backward through MAML.loss a second time, after its gradients "
-                "were handed out: the first time, backward(retain_graph=True) keeps them"
-            )
-        if not _graph_is_kept():
-            ctx.grads = None
-        if not (grad.is_cpu and grad.item() == 1):  # as it is after loss.backward()
-            grads = torch._foreach_mul(grads, grad.detach())
-        if torch.is_grad_enabled():
-            grads = _Final.apply(torch.zeros((), requires_grad=True), *grads)
-        following = iter(grads)
-        needs = ctx.needs_input_grad[5:]
-        return (None,) * 5 + tuple([next(following) if need else None for need in needs])
-
-
-class _Final(torch.autograd.Function):
-    """Gradients as they are, in a graph that refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, *grads: Tensor) -> Any:
-        return tuple(g.clone() for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        refuse_twice()

@@ -183,10 +183,11 @@ class TaskRunner:
         given: Sequence[Tensor],
         steps: int,
         first_order: bool,
+        backward: bool,
     ) -> Tensor:
         """Mean over the tasks of the loss for their queries, after adaptation.
 
-        ``given`` are their inputs and labels as the user gave them.
+        ``given`` are the user's inputs. ``backward`` hands the gradients out: no graph is left.
         """
         padded = queries.known is not False and queries.padded()
         ready = self._ready(weights, supports, queries.x, padded)
@@ -198,7 +199,7 @@ class TaskRunner:
             self.engine.remember(ready, given)
             self._recallable = self.last
             return self.engine.loss(
-                ready, weights.model, values, rates, supports, queries, steps, first_order
+                ready, weights.model, values, rates, supports, queries, steps, first_order, backward
             )
         mask = None
         if padded:
@@ -206,13 +207,23 @@ class TaskRunner:
             mask = torch.stack([queries.valid(task) for task in tasks])
         rows = Queries(queries.x, mask, padded)
         out = self.forward(weights, rates, supports, rows, steps, first_order)
-        return query_losses(self.loss, out, queries).mean()
+        loss = query_losses(self.loss, out, queries).mean()
+        if not backward:
+            return loss
+        loss.backward()
+        return loss.detach()
 
     def recall(
-        self, model: nn.Module, rates: Rates, given: Sequence[Any], steps: int, first_order: bool
+        self,
+        model: nn.Module,
+        rates: Rates,
+        given: Sequence[Any],
+        steps: int,
+        first_order: bool,
+        backward: bool,
     ) -> Tensor | None:
-        """What `meta_loss` returns, by the shortest way, for a call like one before; or None."""
-        loss = self.engine.recall(model, rates, given, steps, first_order)
+        """What `meta_loss` does, by the shortest way, for a call like one before; or None."""
+        loss = self.engine.recall(model, rates, given, steps, first_order, backward)
         if loss is not None:
             self.last = self._recallable
         return loss

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, check_supports, named_loss
 from fastmeta._lent_model import BATCH_NORM, Slots
+from fastmeta._selection import Adapt, check_model, selected
 from fastmeta.errors import check_choice, describe, fail
 
 __all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
-
-#: What may say which parameters adapt.
-Adapt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | nn.Module | None
 
 LEARN_LR = ("scalar", "parameter", "element")
 
@@ -168,7 +164,7 @@ class MAML(nn.Module):
         randomness: str = "different",
     ) -> None:
         super().__init__()
-        _check_model(model)
+        check_model(model)
         if isinstance(lr, bool) or not isinstance(lr, (int, float)):
             fail(TypeError, "MAML", "lr", "a number", describe(lr))
         if not (math.isfinite(lr) and lr >= 0):
@@ -196,7 +192,7 @@ class MAML(nn.Module):
         self.first_order = first_order
         self.learn_lr = learn_lr
         self.lr_per_step = lr_per_step
-        self._adapt = _selected(model, adapt)
+        self._adapt = selected(model, adapt)
         self._runner = TaskRunner(
             named_loss(loss),
             batch_norm=batch_norm,
@@ -284,19 +280,54 @@ class MAML(nn.Module):
         if torch.is_inference_mode_enabled():
             with _outside_inference():
                 return self.loss(support_x, support_y, query_x, query_y)
-        runner, given = self._runner, (support_x, support_y, query_x, query_y)
-        rates, steps = self._rates(self._names), self.steps
-        recalled = runner.recall(self.model, rates, given, steps, self.first_order)
+        return self._meta_loss((support_x, support_y, query_x, query_y), backward=False)
+
+    def backward(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        """``loss(...).backward()`` in one call: the meta-gradient is added to ``.grad``.
+
+        With the engine this leaves out autograd, which for small networks takes as long as the
+        tasks. Tensor hooks run; hooks of autograd's nodes do not where autograd is left out, and
+        with them those of DistributedDataParallel, so under it call ``loss(...).backward()``.
+
+        Returns:
+            The loss, without a graph.
+
+        Raises:
+            RuntimeError: As for `loss`; inference mode is on; nothing requires a gradient.
+
+        Example:
+            >>> import torch, fastmeta as fm
+            >>> maml = fm.MAML(torch.nn.Linear(2, 1), lr=0.1, steps=3, loss="mse")
+            >>> x, y = torch.randn(4, 5, 2), torch.randn(4, 5, 1)
+            >>> loss = maml.backward(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
+            >>> maml.model.weight.grad.shape
+            torch.Size([1, 2])
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("MAML.backward: there are no gradients in inference mode")
+        with torch.enable_grad():
+            return self._meta_loss((support_x, support_y, query_x, query_y), backward=True)
+
+    def _meta_loss(self, given: tuple[Tensor, ...], backward: bool) -> Tensor:
+        runner, rates, options = (
+            self._runner,
+            self._rates(self._names),
+            (self.steps, self.first_order),
+        )
+        recalled = runner.recall(self.model, rates, given, *options, backward)
         if recalled is not None:
             return recalled
+        call = "MAML.backward" if backward else "MAML.loss"
         support_x, support_y, query_x, query_y = _usable(*given)
-        supports = check_supports("MAML.loss", support_x, support_y, runner.loss)
-        queries = check_supports("MAML.loss", query_x, query_y, runner.loss, "query")
-        check_queries("MAML.loss", query_x, None, support_x.shape[0], support_x.device)
+        supports = check_supports(call, support_x, support_y, runner.loss)
+        queries = check_supports(call, query_x, query_y, runner.loss, "query")
+        check_queries(call, query_x, None, support_x.shape[0], support_x.device)
         weights = self._weights()
         self._names = weights.names
         rates = self._rates(weights.names)
-        return runner.meta_loss(weights, rates, supports, queries, given, steps, self.first_order)
+        return runner.meta_loss(weights, rates, supports, queries, given, *options, backward)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
         """Adapt to each task's supports.
@@ -424,55 +455,3 @@ def _check_count(argument: str, value: Any, least: int, function: str = "MAML") 
         fail(TypeError, function, argument, "an integer", describe(value))
     if value < least:
         fail(ValueError, function, argument, f"at least {least}", value)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        fail(TypeError, "MAML", "model", "an nn.Module", describe(model))
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        wanted = "an nn.Module that is not compiled by torch.jit, whose weights cannot be replaced"
-        fail(TypeError, "MAML", "model", wanted, type(model).__name__)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            wanted = "initialized: run it once on an input of its shape"
-            fail(ValueError, "MAML", "model", wanted, f"the lazy parameter {name!r}")
-
-
-def _selected(model: nn.Module, adapt: Adapt) -> frozenset[str]:
-    parameters = dict(model.named_parameters())
-    if adapt is None:
-        names = set(parameters)
-    elif isinstance(adapt, nn.Module):
-        inside = {id(p) for p in adapt.parameters()}
-        names = {name for name, p in parameters.items() if id(p) in inside}
-    elif isinstance(adapt, str) or (
-        isinstance(adapt, Sequence) and all(isinstance(a, str) for a in adapt)
-    ):
-        names = set()
-        for pattern in [adapt] if isinstance(adapt, str) else adapt:
-            found = {n for n in _aliases(model) if _matches(n, pattern)}
-            if not found:
-                wanted = f"names or patterns of the model's parameters {sorted(parameters)}"
-                fail(ValueError, "MAML", "adapt", wanted, repr(pattern))
-            names |= {_aliases(model)[n] for n in found}
-    elif callable(adapt):
-        names = {name for name, p in parameters.items() if adapt(name, p)}
-    else:
-        wanted = "names, patterns, a predicate, a submodule or None"
-        fail(TypeError, "MAML", "adapt", wanted, describe(adapt))
-    if not any(parameters[name].requires_grad for name in names):
-        got = f"{sorted(names)}" if names else "no match"
-        wanted = "such that a parameter of the model that has requires_grad=True adapts"
-        fail(ValueError, "MAML", "model" if adapt is None else "adapt", wanted, got)
-    return frozenset(names)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """For each name of a parameter, the first name of it: tied parameters have several."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(p), name) for name, p in named}
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

@@ -1,0 +1,131 @@
+"""What ``MAML.loss`` and ``MAML.backward`` do with a meta-step of the engine.
+
+The op returns both at once. `MetaLoss` puts them into autograd's graph, `hand_out` past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.ops._define import _below_autograd
+from fastmeta.ops.engine import WANTED, refuse_twice
+
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+_meta_step = torch.ops.fastmeta.meta_step.default
+
+
+class Work(NamedTuple):
+    """A meta-step but for its differentiable tensors.
+
+    Attributes:
+        program: Its text.
+        counts: Of adapted and of shared tensors; rates, supports and queries follow.
+        targets: Those of supports and queries.
+        options: Steps, seed, first order.
+    """
+
+    program: str
+    counts: tuple[int, int]
+    targets: tuple[Tensor, Tensor]
+    options: tuple[int, int, bool]
+
+    def __call__(
+        self, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The mean query loss, and its gradients for those of ``tensors`` that need one."""
+        fast, shared = self.counts[0], sum(self.counts)
+        asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
+        wanted = sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
+        with _below_autograd():
+            loss, _, *grads = _meta_step(
+                self.program,
+                tensors[:fast],
+                tensors[fast:shared],
+                *tensors[shared : shared + 2],
+                self.targets[0],
+                tensors[-1],
+                self.targets[1],
+                *self.options,
+                wanted,
+            )
+            mean = loss.mean()
+        found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
+        return mean, [g for g, need in found if need]
+
+    def loss(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The mean query loss, in autograd's graph."""
+        return _MetaLoss.apply(self, torch.is_grad_enabled(), *tensors)  # type: ignore[no-any-return]
+
+    def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The mean query loss, which tensors need a gradient, and these."""
+        needs = [t.requires_grad for t in tensors]
+        loss, grads = self(tensors, needs)
+        return loss, [t for t, need in zip(tensors, needs, strict=True) if need], grads
+
+
+def hand_out(loss: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """As ``backward()``: adds to ``.grad`` of leaves, and goes on where there is a graph.
+
+    Returns:
+        The loss.
+    """
+    if not tensors:
+        raise RuntimeError("MAML.backward: neither parameters, rates nor inputs require a gradient")
+    others = []
+    for tensor, grad in zip(tensors, grads, strict=True):
+        if not tensor.is_leaf or tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            others.append((tensor, grad))
+        elif tensor.grad is None:
+            tensor.grad = grad
+        else:
+            with torch.no_grad():
+                tensor.grad.add_(grad)
+    if others:
+        torch.autograd.backward([t for t, _ in others], [g for _, g in others])
+    return loss
+
+
+class _MetaLoss(torch.autograd.Function):
+    """The mean query loss. Its gradients are there before anyone asks; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Work, learning: bool, *tensors: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:] if learning else (False,) * len(tensors)
+        # No saved tensors: those are held until after the backward pass, so that each would be
+        # copied into its parameter's .grad instead of becoming it.
+        loss, ctx.grads = work(tensors, needs)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "MAML: trying to go backward through MAML.loss a second time, after its gradients "
+                "were handed out: the first time, backward(retain_graph=True) keeps them"
+            )
+        if not _graph_is_kept():
+            ctx.grads = None
+        if not (grad.is_cpu and grad.item() == 1):  # as it is after loss.backward()
+            grads = torch._foreach_mul(grads, grad.detach())
+        if torch.is_grad_enabled():
+            grads = _Final.apply(torch.zeros((), requires_grad=True), *grads)
+        following = iter(grads)
+        needs = ctx.needs_input_grad[2:]
+        return (None, None, *[next(following) if need else None for need in needs])
+
+
+class _Final(torch.autograd.Function):
+    """Gradients as they are, in a graph that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, *grads: Tensor) -> Any:
+        return tuple(g.clone() for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        refuse_twice()
