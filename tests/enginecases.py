@@ -189,6 +189,44 @@ CASES = {
         f"{_head('4', 3)}",
         (2, 5, 5),
     ),
+    "conv_deep": Case(
+        _image(
+            lambda: nn.Conv2d(2, 8, 3, 2, 1),
+            nn.Tanh,
+            lambda: nn.Conv2d(8, 6, (2, 3), (2, 3), (1, 2), (2, 1)),
+            nn.Tanh,
+            lambda: nn.Conv2d(6, 8, 1, 2),
+            flat=16,
+        ),
+        f"in=2x9x8;{_conv(out=8, s='2x2', p='1x1')};tanh(1);"
+        f"{_conv(out=6, k='2x3', s='2x3', p='1x2', d='2x1', name='2', of=2)};tanh(3);"
+        f"{_conv(out=8, k='1x1', s='2x2', name='4', of=4)};{_head('6', 5)}",
+        (2, 9, 8),
+    ),
+    "conv_deep_groups": Case(
+        _image(
+            lambda: nn.Conv2d(2, 6, 3, 1, 1),
+            nn.Tanh,
+            lambda: nn.Conv2d(6, 4, 3, 2, 1, groups=2),
+            flat=36,
+        ),
+        f"in=2x5x6;{_conv(out=6, p='1x1')};tanh(1);"
+        f"{_conv(s='2x2', p='1x1', g=2, name='2', of=2)};{_head('4', 3)}",
+        (2, 5, 6),
+    ),
+    "conv_large": Case(  # images that are taken in bands
+        _image(
+            lambda: nn.Conv2d(2, 4, 3, 1, 1),
+            nn.Tanh,
+            lambda: nn.Conv2d(4, 3, 3, (3, 2), (0, 1)),
+            nn.Tanh,
+            lambda: nn.AdaptiveAvgPool2d(1),
+            flat=3,
+        ),
+        f"in=2x37x31;{_conv(p='1x1')};tanh(1);"
+        f"{_conv(out=3, s='3x2', p='0x1', name='2', of=2)};tanh(3);mean_pool(4);{_head('6', 5)}",
+        (2, 37, 31),
+    ),
     "conv_batch_norm": Case(
         _image(
             lambda: nn.Conv2d(2, 4, 3, padding=1, bias=False),

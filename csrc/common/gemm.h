@@ -185,28 +185,36 @@ static void gemm_transposed_few(int64_t m, const T* a, int64_t lda, ConstMatrix<
   }
 }
 
-// out [cols of w, padded(rows of w)] in panels = the transpose of w's first `cols` columns.
+// Rows [row, row + rows) of w, their first `cols` columns, transposed into out's rows [to, to +
+// cols), which get zeros past `rows` columns.
 template <class T>
-static void transpose_to_panels(ConstMatrix<T> w, int64_t cols, Matrix<T> out) {
+static void transpose_rows(ConstMatrix<T> w, int64_t row, int64_t rows, int64_t cols, Matrix<T> out,
+                           int64_t to) {
   constexpr int kW = kWidth<T>;
   for (int64_t q = 0; q < out.panels(); ++q) {
     for (int64_t v = 0; v < out.width(q); v += kW) {
-      const int64_t i0 = q * kPanel<T> + v;  // rows of w
-      const int64_t n = min_of<int64_t>(kW, w.rows - i0);
+      const int64_t i0 = q * kPanel<T> + v;
+      const int64_t n = min_of<int64_t>(kW, rows - i0);
       for (int64_t j0 = 0; j0 < cols; j0 += kW) {
         const int64_t p = j0 / kPanel<T>, stride = w.stride(p);
         const T* from = w.panel(p) + (j0 - p * kPanel<T>);
         Vec<T> r[kW];
         for (int i = 0; i < kW; ++i) {
-          r[i] = i < n ? load(from + (i0 + i) * stride) : Vec<T>{};
+          r[i] = i < n ? load(from + (row + i0 + i) * stride) : Vec<T>{};
         }
         transpose<T>(r);
-        const int64_t rows = min_of<int64_t>(kW, cols - j0), ldo = out.stride(q);
-        T* to = out.panel(q) + j0 * ldo + v;
-        for (int64_t j = 0; j < rows; ++j) store(to + j * ldo, r[j]);
+        const int64_t count = min_of<int64_t>(kW, cols - j0), ldo = out.stride(q);
+        T* at = out.panel(q) + (to + j0) * ldo + v;
+        for (int64_t j = 0; j < count; ++j) store(at + j * ldo, r[j]);
       }
     }
   }
+}
+
+// out [cols of w, padded(rows of w)] in panels = the transpose of w's first `cols` columns.
+template <class T>
+static void transpose_to_panels(ConstMatrix<T> w, int64_t cols, Matrix<T> out) {
+  transpose_rows(w, 0, w.rows, cols, out, 0);
 }
 
 }  // namespace fastmeta::FASTMETA_ISA

@@ -1,9 +1,11 @@
 // Where everything of a task lies in a thread's memory.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "engine/factored.h"
+#include "engine/layers/convolution.h"
 #include "engine/layers/layers.h"
 #include "engine/layers/product.h"
 #include "engine/plan.h"
@@ -22,8 +24,9 @@ template <class T>
 class Buffers {
  public:
   struct Pass {
-    std::vector<int64_t> y, dy, gy, dgy;  // of each value; -1: none
-    std::vector<int64_t> saved;           // of each node
+    std::vector<int64_t> y, dy, gy, dgy;                          // of each value; -1: none
+    std::vector<int64_t> saved;                                   // of each node
+    std::vector<std::unique_ptr<convolution::Places<T>>> places;  // likewise; convolutions alone
   };
 
   // one_pass: the steps' sweep back follows the steps at once, in the same memory.
@@ -51,11 +54,17 @@ class Buffers {
       Pass& p = query ? this->query : support;
       for (auto* list : {&p.y, &p.dy, &p.gy, &p.dgy}) list->assign(values, -1);
       p.saved.assign(values, -1);
+      p.places.resize(values);
       const auto place_value = [&](int v) {
         p.y[v] = take(rows * plan.shapes[v].row());
         if (v == 0) return;
         const Node& n = plan.nodes[v - 1];
         const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
+        if (convolution::Places<T>::apply(n)) {
+          p.places[v] = std::make_unique<convolution::Places<T>>(n, rows);
+          scratch = std::max(scratch, numbers(p.places[v]->scratch_bytes()));
+          return;
+        }
         if (!is_product) p.saved[v] = take(numbers(layers::saved_bytes<T>(n, rows)));
         scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
                                                        : layers::scratch_bytes<T>(n, rows)));

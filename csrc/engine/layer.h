@@ -26,6 +26,11 @@ namespace fastmeta::engine::FASTMETA_ISA {
 
 using namespace fastmeta::FASTMETA_ISA;
 
+namespace convolution {
+template <class T>
+struct Places;
+}
+
 template <class T>
 struct LayerCall {
   const Node* node;  // kind, attributes and shapes
@@ -58,6 +63,9 @@ struct LayerCall {
   T* gb;
   T* dgw;
   T* dgb;
+
+  // conv2d: where its numbers lie (convolution_places.h).
+  const convolution::Places<T>* places;
 
   // saved_bytes(node, rows) bytes that stay untouched from forward to backward, 64-byte aligned:
   // statistics, places of maxima. The dual passes use the same block.

@@ -318,7 +318,7 @@ class Task {
     return c_.plan.fast.params[c_.plan.factored[f].param].offset;
   }
   static void add_bias_gradient(const Node* n, int64_t rows, const T* gy, T* gb) {
-    if (gb != nullptr) product::add_column_sums(rows, gy, n->out.ld, n->out.ld, gb);
+    if (gb != nullptr) add_column_sums(rows, gy, n->out.ld, n->out.ld, gb);
   }
 
   int values() const { return static_cast<int>(c_.plan.shapes.size()); }
@@ -410,6 +410,7 @@ class Task {
     x.mean = value(n.mean);
     x.var = value(n.var);
     if (p.saved[v] >= 0) x.saved = at(p, p.saved, v);
+    x.places = p.places[v].get();
     x.scratch = at(b_.scratch);
     x.seed = c_.args.seed;
     x.pass = query ? -1 : pass_;

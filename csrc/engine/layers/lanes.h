@@ -57,6 +57,52 @@ FASTMETA_INLINE void over_tiles(int64_t n, int64_t ld, Body&& body) {
   }
 }
 
+// sums += the columns of gy [m, cols], rows ld apart.
+template <class T>
+static void add_column_sums(int64_t m, const T* gy, int64_t ld, int64_t cols, T* sums) {
+  constexpr int kW = kWidth<T>;
+  for (int64_t c = 0; c < cols; c += kW) {
+    Vec<T> sum[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) {
+      FASTMETA_UNROLL
+      for (int r = 0; r < 4; ++r) sum[r] += load(gy + (i + r) * ld + c);
+    }
+    for (; i < m; ++i) sum[0] += load(gy + i * ld + c);
+    store(sums + c, load(sums + c) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+}
+
+// to[i, 0..n) = (to +) from[i, 0..n) (+ bias) where columns begin at no whole vector; row i of `to`
+// begins at targets[i], or at i * ld.
+template <class T>
+static void give_columns(int64_t m, int64_t n, const T* from, int64_t from_ld, const T* bias,
+                         bool add, const int64_t* targets, int64_t ld, T* to) {
+  for (int64_t i = 0; i < m; ++i) {
+    T* row = to + (targets != nullptr ? targets[i] : i * ld);
+    for (int64_t c = 0; c < n; ++c) {
+      const T v = from[i * from_ld + c] + (bias != nullptr ? bias[c] : T(0));
+      row[c] = add ? row[c] + v : v;
+    }
+  }
+}
+
+// Hands out pieces of the call's scratch.
+template <class T>
+class Pieces {
+ public:
+  explicit Pieces(void* scratch) : next_(static_cast<T*>(scratch)) {}
+  T* take(int64_t numbers, bool wanted = true) {
+    if (!wanted) return nullptr;
+    T* piece = next_;
+    next_ += ceil_div(numbers, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
+    return piece;
+  }
+
+ private:
+  T* next_;
+};
+
 inline int64_t input_size(const Node& node, int64_t rows) { return rows * node.in.row(); }
 inline int64_t output_size(const Node& node, int64_t rows) { return rows * node.out.row(); }
 
