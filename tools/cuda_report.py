@@ -88,9 +88,22 @@ DESIGN = (
     Design(r"matching.*sum_partials_kernel<", "matching_attention_backward: totals", 256, 0, 4),
     Design(r"segment.*mean_backward_kernel<", "segment_mean_backward", 128, 0, 8),
     Design(r"segment.*mean_kernel<", "segment_mean", 128, 0, 8),
+    Design(r"task_layers.*batch_norm_kernel<double", "task_batch_norm", 256, 0, 2),
+    Design(r"task_layers.*batch_norm_kernel<", "task_batch_norm", 256, 0, 4),
+    Design(
+        r"task_layers.*batch_norm_backward_kernel<double", "task_batch_norm_backward", 256, 0, 2
+    ),
+    Design(r"task_layers.*batch_norm_backward_kernel<", "task_batch_norm_backward", 256, 0, 4),
+    Design(r"task_layers.*batch_norm_second_kernel<double", "task_batch_norm_second", 256, 0, 2),
+    Design(r"task_layers.*batch_norm_second_kernel<", "task_batch_norm_second", 256, 0, 4),
     Design(r"task_layers.*product_kernel<double, .*Matrix", "task_linear", 256, 0, 1),
     Design(r"task_layers.*product_kernel<.*Matrix.*, true>", "task_linear", 256, 0, 2, True),
     Design(r"task_layers.*product_kernel<.*Matrix", "task_linear", 256, 0, 2),
+    Design(r"task_layers.*product_kernel<double, .*Patches", "task_conv2d", 256, 0, 1),
+    Design(r"task_layers.*product_kernel<.*Patches.*, true>", "task_conv2d", 256, 0, 2, True),
+    Design(r"task_layers.*product_kernel<.*Patches", "task_conv2d", 256, 0, 2),
+    Design(r"task_layers.*product_kernel<.*Patches", "task_conv2d_input", 256, 0, 2),
+    Design(r"task_layers.*product_kernel<.*Patches", "task_conv2d_weight", 256, 0, 2),
     Design(r"task_layers.*sum_parts_kernel<", "task_layers: sums of parts", 256, 0, 4),
     *(
         Design(rf"update.*{kernel}_kernel<{kind}.*::{op}{part}Step>", launch, 256, 0, blocks)

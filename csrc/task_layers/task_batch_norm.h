@@ -37,4 +37,10 @@ FASTMETA_TASK_BATCH_NORM_CPU(avx2)
 FASTMETA_TASK_BATCH_NORM_CPU(avx512)
 #undef FASTMETA_TASK_BATCH_NORM_CPU
 
+namespace cuda {
+void batch_norm(const BatchNorm& args, void* stream);
+void batch_norm_backward(const BatchNorm& args, void* stream);
+void batch_norm_second(const BatchNorm& args, void* stream);
+}  // namespace cuda
+
 }  // namespace fastmeta::task_layers

@@ -1,6 +1,4 @@
-// Bridge of task_batch_norm and its derivatives: checks, allocation, registration. CPU only: on
-// CUDA the reference runs.
-#if !defined(FASTMETA_CUDA)
+// Bridge of task_batch_norm and its derivatives: checks, allocation, registration.
 #include "task_layers/per_task_torch.h"
 #include "task_layers/task_batch_norm.h"
 
@@ -10,6 +8,15 @@ namespace {
 using bridge::ScalarType;
 using bridge::Tensor;
 using std::optional;
+
+#if defined(FASTMETA_CUDA)
+#define FASTMETA_RUN(function, call)       \
+  const bridge::CudaScope scope((call).x); \
+  cuda::function((call).args, scope.stream())
+#else
+#define FASTMETA_RUN(function, call) \
+  FASTMETA_DISPATCH(current_isa(), task_layers, function, (call).args, bridge::parallel_for)
+#endif
 
 struct Call {
   Tensor x;
@@ -59,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> task_batch_norm(const Tensor& x, const option
   call.args.out = out.mutable_data_ptr();
   call.args.mean = mean.mutable_data_ptr();
   call.args.rstd = rstd.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, batch_norm, call.args, bridge::parallel_for);
+  FASTMETA_RUN(batch_norm, call);
   return {out, mean, rstd};
 }
 
@@ -78,8 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> task_batch_norm_backward(const Tensor& grad, 
   call.args.out = to_x.mutable_data_ptr();
   call.args.to_weight = to_weight.mutable_data_ptr();
   call.args.to_bias = to_bias.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, batch_norm_backward, call.args,
-                    bridge::parallel_for);
+  FASTMETA_RUN(batch_norm_backward, call);
   return {to_x, to_weight, to_bias};
 }
 
@@ -100,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> task_batch_norm_second(
   call.args.to_grad = to_grad.mutable_data_ptr();
   call.args.out = to_x.mutable_data_ptr();
   call.args.to_weight = to_weight.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, batch_norm_second, call.args, bridge::parallel_for);
+  FASTMETA_RUN(batch_norm_second, call);
   return {to_grad, to_x, to_weight};
 }
 
@@ -113,4 +119,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
 }
 
 }  // namespace fastmeta::task_layers
-#endif

@@ -8,7 +8,7 @@
 namespace fastmeta::task_layers {
 
 struct Conv2d {
-  DType dtype;  // kFloat32 or kFloat64, of all tensors
+  DType dtype;  // of all tensors; kFloat32 or kFloat64 on the CPU
   int64_t tasks, rows, channels, height, width;
   int64_t outputs, kernel_h, kernel_w, out_h, out_w;
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
@@ -17,6 +17,7 @@ struct Conv2d {
   PerTask bias;    // [O] or nullptr: conv2d
   PerTask grad;    // [N, O, H', W']: conv2d_input and conv2d_weight
   void* out;       // contiguous [T, ...]
+  bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
 };
 
 #define FASTMETA_TASK_CONV2D_CPU(ISA)                      \
@@ -29,5 +30,14 @@ FASTMETA_TASK_CONV2D_CPU(baseline)
 FASTMETA_TASK_CONV2D_CPU(avx2)
 FASTMETA_TASK_CONV2D_CPU(avx512)
 #undef FASTMETA_TASK_CONV2D_CPU
+
+namespace cuda {
+int64_t conv2d_workspace(const Conv2d& args);  // bytes
+int64_t conv2d_input_workspace(const Conv2d& args);
+int64_t conv2d_weight_workspace(const Conv2d& args);
+void conv2d(const Conv2d& args, void* workspace, void* stream);
+void conv2d_input(const Conv2d& args, void* workspace, void* stream);
+void conv2d_weight(const Conv2d& args, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace fastmeta::task_layers

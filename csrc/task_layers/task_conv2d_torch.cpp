@@ -1,6 +1,4 @@
-// Bridge of task_conv2d and its adjoints: checks, allocation, registration. CPU only: on CUDA the
-// reference runs, by cuDNN's grouped convolutions.
-#if !defined(FASTMETA_CUDA)
+// Bridge of task_conv2d and its adjoints: checks, allocation, registration.
 #include "task_layers/per_task_torch.h"
 #include "task_layers/task_conv2d.h"
 
@@ -56,8 +54,26 @@ Conv2d problem(const Tensor& like, const std::vector<int64_t>& x, const std::vec
                 {},
                 {},
                 {},
-                nullptr};
+                nullptr,
+                false};
 }
+
+#if defined(FASTMETA_CUDA)
+using Workspace = int64_t (*)(const Conv2d&);
+using Launch = void (*)(const Conv2d&, void*, void*);
+
+void launch(Conv2d args, const Tensor& like, Workspace bytes, Launch function) {
+  const bridge::CudaScope scope(like);
+  args.allow_tf32 = bridge::allow_tf32(args.dtype, "fastmeta::allow_tf32_conv");
+  const Tensor space = bridge::workspace(like, bytes(args));
+  function(args, space.mutable_data_ptr(), scope.stream());
+}
+#define FASTMETA_RUN(function, args, like) \
+  launch(args, like, cuda::function##_workspace, cuda::function)
+#else
+#define FASTMETA_RUN(function, args, like) \
+  FASTMETA_DISPATCH(current_isa(), task_layers, function, args, bridge::parallel_for)
+#endif
 
 std::vector<int64_t> shape(const Tensor& tensor) {
   std::vector<int64_t> sizes(tensor.dim());
@@ -83,7 +99,7 @@ Tensor task_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   args.weight = own_weight.view();
   args.bias = own_bias.view();
   args.out = out.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, conv2d, args, bridge::parallel_for);
+  FASTMETA_RUN(conv2d, args, wide);
   return narrowed(out, x);
 }
 
@@ -102,7 +118,7 @@ Tensor task_conv2d_input(const Tensor& grad, const Tensor& weight, int64_t heigh
   args.grad = own_grad.view();
   args.weight = own_weight.view();
   args.out = out.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, conv2d_input, args, bridge::parallel_for);
+  FASTMETA_RUN(conv2d_input, args, wide);
   return narrowed(out, grad);
 }
 
@@ -122,7 +138,7 @@ Tensor task_conv2d_weight(const Tensor& grad, const Tensor& x, int64_t height, i
   args.grad = own_grad.view();
   args.x = own_x.view();
   args.out = out.mutable_data_ptr();
-  FASTMETA_DISPATCH(current_isa(), task_layers, conv2d_weight, args, bridge::parallel_for);
+  FASTMETA_RUN(conv2d_weight, args, wide);
   return narrowed(out, grad);
 }
 
@@ -135,4 +151,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
 }
 
 }  // namespace fastmeta::task_layers
-#endif

@@ -13,9 +13,9 @@
 // parts by the shapes alone; their sums are added in order by sum_parts_kernel. No output has two
 // writers, no sum depends on the schedule.
 //
-// - bytes: b * (rows + columns) * depth a tile from L2, of which each operand comes once from
-//   memory while it fits L2; outputs are written once, and with parts 4 * parts times more is
-//   written and read of workspace, at most about 8 MB
+// - bytes: b * 64 * 2 * depth a tile from L2, of which each operand comes once from memory while it
+//   fits L2; outputs are written once. Parts write and read 4 bytes more an output each, 8 MB at
+//   most: there are fewer than 512 tiles then
 // - FLOPs: 2 * rows * columns * depth; 2 * 64 * 64 for 2 * 64 * b bytes a step: 16 FLOPs a byte of
 //   float32. The FP32 units' ridge over L2 is 4 on A100 (19.5 TFLOP/s, about 5 TB/s) and 12 on
 //   H100 (67, 5.5): bound by FP32 units. On tensor cores 32 FLOPs a byte of 16-bit types are below

@@ -2,8 +2,7 @@
 
 The derivatives of each are such ops again, so that a second derivative stays one call for all
 tasks. (torch's way to give every image its own weights is a grouped convolution, and the derivative
-of *its* derivative is a loop over the groups.) Kernels: ``csrc/task_layers/``; on CUDA the
-references of convolution and batch norm run, by grouped convolutions.
+of *its* derivative is a loop over the groups.) Kernels: ``csrc/task_layers/``.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastmeta.errors import check_float_tensor, describe, fail
-from fastmeta.ops._define import Op, acc_dtype, define_op, fold_tasks
+from fastmeta.ops._define import LIBRARY, Op, acc_dtype, define_op, fold_tasks
 from fastmeta.ops._task_norm import norm as _norm
 
 __all__ = ["task_batch_norm", "task_conv2d", "task_linear"]
@@ -42,7 +42,8 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError: A shape or device does not fit; the message names the argument.
 
     Note:
-        Sums in float32 (float64 for float64).
+        Sums in float32 (float64 for float64). On CUDA, float32 factors are rounded to TF32 where
+        ``torch.backends.cuda.matmul.allow_tf32`` says so.
 
     Example:
         >>> import torch, fastmeta as fm
@@ -96,7 +97,8 @@ def task_conv2d(
         ValueError: A shape, device or number does not fit; the message names the argument.
 
     Note:
-        Sums in float32 (float64 for float64).
+        Sums in float32 (float64 for float64). On CUDA, float32 factors are rounded to TF32 where
+        torch rounds those of its convolutions, ``torch.backends.cudnn.allow_tf32`` (its default).
 
     Example:
         >>> import torch, fastmeta as fm
@@ -244,6 +246,15 @@ _linear: Op = define_op(
     setup_context=_linear_setup,
     backward=_linear_grads,
     vmap=fold_tasks(lambda *a: _linear(*a)),
+)
+
+
+# What the CUDA bridge asks before it rounds float32 to TF32, as torch's own convolutions do.
+LIBRARY.define("allow_tf32_conv() -> bool")
+LIBRARY.impl(
+    "allow_tf32_conv",
+    lambda: torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
+    "CompositeExplicitAutograd",
 )
 
 

@@ -42,6 +42,8 @@ SOURCES = {
         else {}
     ),
     CSRC / "task_layers" / "task_linear_cuda.cu": ("task_layers",),
+    CSRC / "task_layers" / "task_conv2d_cuda.cu": ("task_layers",),
+    CSRC / "task_layers" / "task_batch_norm_cuda.cu": ("task_layers",),
     HERE / "bindings.cpp": ("segment", "matching"),
     HERE / "bindings_task_layers.cpp": ("task_layers",),
     HERE / "bindings_updates.cpp": ("update",),

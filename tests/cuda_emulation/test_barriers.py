@@ -10,6 +10,12 @@ import pytest
 import torch
 from cuda_emulation.cases import Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
+from cuda_emulation.test_task_batch_norm import flat
+from cuda_emulation.test_task_batch_norm import make as make_norm
+from cuda_emulation.test_task_batch_norm import run as run_norm
+from cuda_emulation.test_task_conv2d import CASES as CONVOLUTIONS
+from cuda_emulation.test_task_conv2d import make as make_conv2d
+from cuda_emulation.test_task_conv2d import run as run_conv2d
 from cuda_emulation.test_task_linear import make as make_linear
 from cuda_emulation.test_task_linear import run as run_linear
 from cuda_emulation.updates import Entry
@@ -46,11 +52,22 @@ def task_linear(emulation):
     return [run_linear(emulation, "float32", *make_linear(2, 20, 100, 30, torch.float32))]
 
 
+def task_conv2d(emulation):
+    case = CONVOLUTIONS["conv4"]
+    return list(run_conv2d(emulation, "bfloat16", case, make_conv2d(case, torch.bfloat16)).values())
+
+
+def task_batch_norm(emulation):
+    return flat(run_norm(emulation, "float32", make_norm(1, 3, 2, 400, torch.float32)))
+
+
 @pytest.mark.parametrize(
     "run",
     [
         pytest.param(segment_mean, id="segment_mean"),
         pytest.param(task_linear, id="task_linear"),
+        pytest.param(task_conv2d, id="task_conv2d on tensor cores"),
+        pytest.param(task_batch_norm, id="task_batch_norm"),
         pytest.param(update("sgd"), id="sgd_update"),
         pytest.param(update("adam"), id="adam_update"),
         pytest.param(matching("cosine", False), id="matching_attention", marks=pytest.mark.slow),

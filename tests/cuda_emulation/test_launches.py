@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from cuda_emulation.cases import DTYPES, SIMILARITIES, Case
 from cuda_emulation.test_segment_mean import make, run_backward, run_mean
+from cuda_emulation.test_task_batch_norm import make as make_norm
+from cuda_emulation.test_task_batch_norm import run as run_norm
+from cuda_emulation.test_task_conv2d import CASES as CONVOLUTIONS
+from cuda_emulation.test_task_conv2d import make as make_conv2d
+from cuda_emulation.test_task_conv2d import run as run_conv2d
 from cuda_emulation.test_task_linear import make as make_linear
 from cuda_emulation.test_task_linear import run as run_linear
 from cuda_emulation.updates import LAYOUTS, OPS, Entry, run_forward
@@ -41,6 +46,15 @@ def task_linear(emulation, dtype):
     run_linear(emulation, dtype, *make_linear(2, 5, 600, 9, DTYPES[dtype]))
 
 
+def task_conv2d(emulation, dtype):
+    case = CONVOLUTIONS["groups"]
+    run_conv2d(emulation, dtype, case, make_conv2d(case, DTYPES[dtype]))
+
+
+def task_batch_norm(emulation, dtype):
+    run_norm(emulation, dtype, make_norm(2, 3, 2, 5, DTYPES[dtype]))
+
+
 def matching(similarity):
     def run(emulation, dtype):
         case = Case(1, 70, 67, 3, 260, similarity, DTYPES[dtype])
@@ -56,6 +70,8 @@ def matching(similarity):
         pytest.param(segment_mean, "", id="segment_mean"),
         *(pytest.param(update(op), "", id=f"{op}_update") for op in OPS),
         pytest.param(task_linear, "", id="task_linear"),
+        pytest.param(task_conv2d, "", id="task_conv2d"),
+        pytest.param(task_batch_norm, "", id="task_batch_norm"),
         *(pytest.param(matching(name), name, id=name) for name in SIMILARITIES),
     ],
 )
@@ -83,6 +99,8 @@ def test_the_report_counts_with_the_shared_memory_that_is_launched(emulation, si
     for op in OPS:
         update(op)(emulation, dtype)
     task_linear(emulation, dtype)
+    task_conv2d(emulation, dtype)
+    task_batch_norm(emulation, dtype)
     Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype]).run(emulation, nll=False)
     tensor = dtype == "bfloat16" and similarity in ("dot", "cosine")
     for launch in emulation.launches():

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-OPS = ("segment_mean", "updates", "matching_attention", "task_linear")
+OPS = (
+    "segment_mean",
+    "updates",
+    "matching_attention",
+    "task_linear",
+    "task_conv2d",
+    "task_batch_norm",
+)
 # What each sanitizer needs in front of an interpreter that is not built with it. libstdc++ is there
 # so that exceptions are seen; leaks and races outside of the kernels are the interpreter's own.
 SANITIZERS = {
