@@ -6,6 +6,8 @@
 // classes) or the ignored index: callers check that (first_bad_label). Targets are in torch's
 // layout, [rows, channels, height, width] without gaps.
 #pragma once
+#include <limits>
+
 #include "common/vec_math.h"
 #include "engine/layers/lanes.h"
 
@@ -42,78 +44,110 @@ FASTMETA_INLINE T weight_of(const LossCall<T>& call, int64_t label) {
   return call.weight != nullptr ? call.weight[label] : T(1);
 }
 
+// kWidth rows at a time, one in a lane: block[c] has the rows' numbers of the class c0 + c.
 template <class T>
-FASTMETA_INLINE Vec<T> class_weights(const LossCall<T>& call, int64_t c) {
-  if (call.weight == nullptr) return splat<T>(1);
-  return load_n(call.weight + c,
-                static_cast<int>(min_of<int64_t>(kWidth<T>, call.shape.channels - c)));
-}
+struct RowBlock {
+  int64_t first, count, ld;  // rows [first, first + count); lanes past them hold the last row again
+
+  [[gnu::always_inline]] void load_classes(const T* from, int64_t c0, Vec<T>* block) const {
+    for (int64_t k = 0; k < kWidth<T>; ++k) {
+      block[k] = load(from + (first + min_of<int64_t>(k, count - 1)) * ld + c0);
+    }
+    transpose<T>(block);
+  }
+  // Destroys block.
+  [[gnu::always_inline]] void store_classes(Vec<T>* block, T* to, int64_t c0) const {
+    transpose<T>(block);
+    for (int64_t k = 0; k < count; ++k) store(to + (first + k) * ld + c0, block[k]);
+  }
+};
 
 // With D the sum of the weights of the labels that count, e the smoothing, C classes: a row's loss
 // is (1 - e) w[label] nll[label] + e / C sum_c w[c] nll[c], the whole their sum over D.
 template <Want kWant, class T>
 double cross_entropy(const LossCall<T>& call) {
+  constexpr int kW = kWidth<T>;
   const int64_t classes = call.shape.channels, ld = call.shape.ld;
   const double smoothing = call.loss->smoothing, even = smoothing / static_cast<double>(classes);
+  const bool one_block = ld == kW;  // then what is loaded once stays in registers
   double counted = 0, all_weights = 0;
   for (int64_t r = 0; r < call.rows; ++r) {
     if (call.labels[r] != call.loss->ignore) counted += weight_of(call, call.labels[r]);
   }
   for (int64_t c = 0; c < classes; ++c) all_weights += weight_of(call, c);
   double total = 0;
-  for (int64_t r = 0; r < call.rows; ++r) {
-    const int64_t label = call.labels[r];
-    const T* z = call.prediction + r * ld;
-    T* g = kWant == Want::kValue ? nullptr : call.g + r * ld;
-    T* dg = kWant == Want::kDual ? call.dg + r * ld : nullptr;
-    if (label == call.loss->ignore || counted == 0) {
-      if (kWant != Want::kValue) clear(g, ld);
-      if (kWant == Want::kDual) clear(dg, ld);
-      continue;
+  for (int64_t first = 0; first < call.rows; first += kW) {
+    const RowBlock<T> rows{first, min_of<int64_t>(kW, call.rows - first), ld};
+    alignas(64) T own[kW] = {};  // weight of -z[label], over D
+    Vec<T> counts{};             // 1 in lanes of rows that count
+    for (int64_t k = 0; k < rows.count; ++k) {
+      const int64_t label = call.labels[first + k];
+      if (label == call.loss->ignore || counted == 0) continue;
+      own[k] = static_cast<T>((1 - smoothing) * weight_of(call, label) / counted);
+      counts[k] = 1;
     }
-    T top = z[0];
-    for (int64_t c = 1; c < classes; ++c) top = max_of(top, z[c]);
-    Vec<T> sums{}, smooth{}, along{};
-    for (int64_t c = 0; c < ld; c += kWidth<T>) {
-      if (c >= classes) {
-        if (kWant != Want::kValue) store(g + c, Vec<T>{});
-        continue;
-      }
-      const int64_t left = classes - c;
-      const Vec<T> shifted = keep_first<T>(load(z + c) - top, left);
-      const Vec<T> power = keep_first<T>(vexp<T>(shifted), left);
-      sums += power;
-      if (smoothing != 0) smooth += class_weights(call, c) * shifted;
-      if constexpr (kWant != Want::kValue) store(g + c, power);
-      if constexpr (kWant == Want::kDual) {
-        along += power * keep_first<T>(load(call.dprediction + r * ld + c), left);
-      }
+    Vec<T> block[kW], dblock[kW];
+    Vec<T> top = splat<T>(-std::numeric_limits<T>::infinity());
+    for (int64_t c0 = 0; c0 < classes; c0 += kW) {
+      rows.load_classes(call.prediction, c0, block);
+      const int64_t here = min_of<int64_t>(kW, classes - c0);
+      for (int64_t c = 0; c < here; ++c) top = vmax<T>(top, block[c]);
     }
-    const T sum = hsum<T>(sums);
-    const double own = (1 - smoothing) * weight_of(call, label);
-    const double spread = own + even * all_weights;
-    total += spread * __builtin_log(static_cast<double>(sum)) -
-             own * static_cast<double>(z[label] - top);
-    if (smoothing != 0) total -= even * static_cast<double>(hsum<T>(smooth));
+    Vec<T> sum{}, smooth{}, along{};
+    for (int64_t c0 = 0; c0 < ld; c0 += kW) {
+      if (!one_block) rows.load_classes(call.prediction, c0, block);
+      if constexpr (kWant == Want::kDual) rows.load_classes(call.dprediction, c0, dblock);
+      const int64_t here = min_of<int64_t>(kW, classes - c0);
+      for (int64_t c = 0; c < kW; ++c) {
+        if (c >= here) {
+          block[c] = Vec<T>{};
+          continue;
+        }
+        const Vec<T> shifted = block[c] - top;
+        if (smoothing != 0) smooth += weight_of(call, c0 + c) * shifted;
+        block[c] = vexp<T>(shifted);
+        sum += block[c];
+        if constexpr (kWant == Want::kDual) along += block[c] * dblock[c];
+      }
+      if (kWant != Want::kValue && !one_block) rows.store_classes(block, call.g, c0);
+    }
+    const Vec<T> spread =
+        load(own) + counts * static_cast<T>(counted == 0 ? 0 : even * all_weights / counted);
+    const Vec<T> log_sum = vlog<T>(sum);
+    for (int64_t k = 0; k < rows.count; ++k) {
+      if (counts[k] == 0) continue;
+      const T z = call.prediction[(first + k) * ld + call.labels[first + k]];
+      total += static_cast<double>(spread[k]) * static_cast<double>(log_sum[k]) -
+               static_cast<double>(own[k]) * static_cast<double>(z - top[k]);
+      if (smoothing != 0) total -= even / counted * static_cast<double>(smooth[k]);
+    }
     if constexpr (kWant == Want::kValue) continue;
-    const T scale = static_cast<T>(spread / counted) / sum;
-    const T mean = hsum<T>(along) / sum;
-    const T even_scale = static_cast<T>(even / counted);
-    for (int64_t c = 0; c < ld; c += kWidth<T>) {
-      const Vec<T> share = load(g + c) * scale;
-      if constexpr (kWant == Want::kDual) {
-        store(dg + c,
-              keep_first<T>(share * (load(call.dprediction + r * ld + c) - mean), classes - c));
+    const Vec<T> scale = spread / sum, mean = along / sum;
+    const Vec<T> even_scale = counts * static_cast<T>(counted == 0 ? 0 : even / counted);
+    for (int64_t c0 = 0; c0 < ld; c0 += kW) {
+      if (!one_block) {
+        rows.load_classes(call.g, c0, block);
+        if constexpr (kWant == Want::kDual) rows.load_classes(call.dprediction, c0, dblock);
       }
-      Vec<T> v = share;
-      if (smoothing != 0 && c < classes) {
-        v -= keep_first<T>(class_weights(call, c) * even_scale, classes - c);
+      const int64_t here = min_of<int64_t>(kW, classes - c0);
+      for (int64_t c = 0; c < here; ++c) {
+        const Vec<T> share = block[c] * scale;
+        if constexpr (kWant == Want::kDual) {
+          dblock[c] = counts != 0 ? share * (dblock[c] - mean) : Vec<T>{};
+        }
+        Vec<T> v = share;
+        if (smoothing != 0) v -= even_scale * weight_of(call, c0 + c);
+        block[c] = counts != 0 ? v : Vec<T>{};
       }
-      store(g + c, v);
+      for (int64_t c = max_of<int64_t>(here, 0); c < kW; ++c) dblock[c] = Vec<T>{};
+      rows.store_classes(block, call.g, c0);
+      if constexpr (kWant == Want::kDual) rows.store_classes(dblock, call.dg, c0);
     }
-    g[label] -= static_cast<T>(own / counted);
+    for (int64_t k = 0; k < rows.count; ++k) {
+      if (counts[k] != 0) call.g[(first + k) * ld + call.labels[first + k]] -= own[k];
+    }
   }
-  return counted == 0 ? 0 : total / counted;
+  return total;
 }
 
 // Elementwise losses: a functor gives value, gradient and its slope from prediction and target.
