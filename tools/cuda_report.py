@@ -72,6 +72,7 @@ class Design:
         return "<double" in self.pattern
 
 
+SECOND = "matching_double_backward"
 # The first pattern that matches counts. Every kernel must be listed: a new one states its figure.
 DESIGN = (
     Design(r"matching.*:forward_kernel<double", "matching_attention", 256, 55424, 1),
@@ -84,8 +85,14 @@ DESIGN = (
     ),
     Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30544, 2),
     Design(r"matching.*inverse_length_kernel<", "matching_attention: row lengths", 256, 0, 4),
-    Design(r"matching.*grad_sum_kernel<", "matching_attention_backward: sums of grad", 256, 0, 4),
-    Design(r"matching.*sum_partials_kernel<", "matching_attention_backward: totals", 256, 0, 4),
+    Design(r"matching.*grad_sum_kernel<", "matching_attention: sums of grad", 256, 0, 4),
+    Design(r"matching.*sum_partials_kernel<", "matching_attention: totals", 256, 0, 4),
+    Design(r"matching.*class_means_kernel<double", f"{SECOND}: class means", 256, 58192, 1),
+    Design(r"matching.*class_means_kernel<", f"{SECOND}: class means", 256, 30256, 2),
+    Design(r"matching.*second_kernel<double", SECOND, 256, 58192, 1),
+    Design(r"matching.*second_kernel<.*WeightedTanh", SECOND, 256, 30256, 1),
+    Design(r"matching.*second_kernel<", SECOND, 256, 30256, 2),
+    Design(r"matching.*stretch_kernel<", f"{SECOND}: row stretches", 256, 0, 4),
     Design(r"segment.*mean_backward_kernel<", "segment_mean_backward", 128, 0, 8),
     Design(r"segment.*mean_kernel<", "segment_mean", 128, 0, 8),
     Design(r"task_layers.*batch_norm_kernel<double", "task_batch_norm", 256, 0, 2),

@@ -52,6 +52,18 @@ inline bool has_tensor_cores() {
 #endif
 }
 
+// Of the current device.
+inline int multiprocessors() {
+#if defined(CUEMU)
+  return ::cuemu::options().multiprocessors;
+#else
+  int device = 0, count = 0;
+  check("device", cudaGetDevice(&device));
+  check("device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+#endif
+}
+
 // Launches on `stream` and checks the launch; neither waits for the device. No blocks, no launch.
 template <class... Params>
 void launch(const char* what, void (*kernel)(Params...), const Geometry& geometry, void* stream,

@@ -114,7 +114,7 @@ FASTMETA_MATCHING_CPU(avx2)
 FASTMETA_MATCHING_CPU(avx512)
 #undef FASTMETA_MATCHING_CPU
 
-// Launchers of matching_attention_cuda.cu. stream is a cudaStream_t of the current device;
+// Launchers of matching_attention_cuda.cu and matching_double_backward_cuda.cu. stream is a cudaStream_t of the current device;
 // workspace is device memory of *_workspace() bytes, 16-byte aligned, free to go once the stream
 // has passed the call. order [T, S] lists each task's supports sorted by class (stable), padding
 // last; class_start [T, C + 1] where each class begins in it.
@@ -127,6 +127,9 @@ int64_t forward_workspace(const Problem& problem);
 void forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream);
 int64_t backward_workspace(const Problem& problem);
 void backward(const Backward& args, const Sorted& sorted, void* workspace, void* stream);
+int64_t double_backward_workspace(const Problem& problem);
+void double_backward(const DoubleBackward& args, const Sorted& sorted, void* workspace,
+                     void* stream);
 }  // namespace cuda
 
 }  // namespace fastmeta::matching

@@ -1,15 +1,9 @@
 // Launches of matching_attention and matching_nll on the caller's stream.
-#include "common/launch.cuh"
-#include "matching/matching_attention.h"
 #include "matching/matching_attention_kernel.cuh"
-#include "matching/matching_backward_kernel.cuh"
+#include "matching/matching_launch.cuh"
 
 namespace fastmeta::matching::cuda {
 namespace {
-
-constexpr int64_t kRowsPerBlock = kThreads / kWarpSize;  // of kernels that give a row a warp
-
-int64_t row_blocks(int64_t rows) { return ceil_div(rows, kTile); }
 
 // Scratch in the accumulation type, in this order; each part may be empty.
 struct Workspace {
@@ -37,86 +31,17 @@ Workspace workspace_of(const Problem& p, bool backward) {
 }
 
 template <class scalar_t>
-void launch_inverse_length(const scalar_t* rows, int64_t num_rows, int64_t dim,
-                           acc_t<scalar_t>* factor, void* stream) {
-  launch("matching_attention: row lengths", inverse_length_kernel<scalar_t>,
-         geometry(ceil_div(num_rows, kRowsPerBlock), kThreads), stream, rows, num_rows, dim,
-         factor);
-}
-
-// The problem as kernels see it; for cosine also launches what fills the rows' factors.
-template <class scalar_t>
-ProblemParams<scalar_t> prepare(const Problem& p, const Sorted& sorted, const Workspace& sizes,
-                                acc_t<scalar_t>* workspace, void* stream) {
-  using acc = acc_t<scalar_t>;
-  ProblemParams<scalar_t> params{};
-  params.similarity = p.similarity;
-  params.num_tasks = p.num_tasks;
-  params.num_queries = p.num_queries;
-  params.num_supports = p.num_supports;
-  params.num_classes = p.num_classes;
-  params.dim = p.dim;
-  params.scale_stride = p.scale_stride;
-  params.weight_stride = p.weight_stride;
-  params.query = static_cast<const scalar_t*>(p.query);
-  params.support = static_cast<const scalar_t*>(p.support);
-  params.labels = p.labels;
-  params.targets = p.targets;
-  params.scale = static_cast<const acc*>(p.scale);
-  params.order = sorted.order;
-  params.class_start = sorted.class_start;
-  params.vector = packable(params.query, p.dim) && packable(params.support, p.dim);
-  if (p.similarity == Similarity::kAdditive) params.weight = static_cast<const acc*>(p.weight);
-  if (p.similarity == Similarity::kCosine) {
-    acc* support_factor = workspace + sizes.query_factor;
-    launch_inverse_length(params.query, sizes.query_factor, p.dim, workspace, stream);
-    launch_inverse_length(params.support, sizes.support_factor, p.dim, support_factor, stream);
-    params.query_factor = workspace;
-    params.support_factor = support_factor;
-  }
-  return params;
-}
-
-// Calls body(Product{}) for what the similarity sums up over the features, and with what.
-template <class scalar_t, class Body>
-void dispatch_product(const Problem& p, Body&& body) {
-  switch (p.similarity) {
-    case Similarity::kDot:
-    case Similarity::kCosine:
-      if constexpr (!std::is_same_v<scalar_t, double>) {
-        const bool rounds = std::is_same_v<scalar_t, float>;  // to TF32
-        if ((p.allow_tf32 || !rounds) && has_tensor_cores()) return body(TensorDot{});
-      }
-      return body(DotProduct{});
-    case Similarity::kSqEuclidean:
-    case Similarity::kEuclidean:
-      return body(SquaredDifference{});
-    case Similarity::kAdditive:
-      return body(WeightedTanh{});
-  }
-  throw std::runtime_error("fastmeta: unknown similarity " +
-                           std::to_string(static_cast<int>(p.similarity)));
-}
-
-// Slices that a backward block takes: as many as leave kEnoughBlocks, two a multiprocessor on the
-// largest GPUs.
-int backward_slices(int64_t row_blocks, int64_t slices) {
-  constexpr int64_t kEnoughBlocks = 256;
-  const int64_t parts = ceil_div(kEnoughBlocks, std::max<int64_t>(1, row_blocks));
-  return static_cast<int>(ceil_div(slices, std::min(parts, slices)));
-}
-
-template <class scalar_t>
 void run_forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream) {
   using acc = acc_t<scalar_t>;
   const Problem& p = args.problem;
   ForwardParams<scalar_t> params{};
+  acc* scratch = static_cast<acc*>(workspace);
   params.problem =
-      prepare<scalar_t>(p, sorted, workspace_of(p, false), static_cast<acc*>(workspace), stream);
+      prepare<scalar_t>(p, sorted, scratch, scratch + workspace_of(p, false).query_factor, stream);
   params.query_blocks = row_blocks(p.num_queries);
   params.out = static_cast<acc*>(args.out);
   params.lse = static_cast<acc*>(args.lse);
-  dispatch_product<scalar_t>(p, [&](auto product) {
+  dispatch_tensor_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
     launch(
         "matching_attention", forward_kernel<scalar_t, Product>,
@@ -136,7 +61,7 @@ void run_backward(const Backward& args, const Sorted& sorted, void* workspace, v
   acc* weight_partial = scale_partial + sizes.scale_partial;
 
   BackwardParams<scalar_t> params{};
-  params.problem = prepare<scalar_t>(p, sorted, sizes, scratch, stream);
+  params.problem = prepare<scalar_t>(p, sorted, scratch, scratch + sizes.query_factor, stream);
   params.grad = static_cast<const acc*>(args.grad);
   params.out = static_cast<const acc*>(args.out);
   params.lse = static_cast<const acc*>(args.lse);
@@ -148,10 +73,8 @@ void run_backward(const Backward& args, const Sorted& sorted, void* workspace, v
   params.problem.vector =
       params.problem.vector && packable(grad_query, p.dim) && packable(grad_support, p.dim);
 
-  launch("matching_attention_backward: sums of grad", grad_sum_kernel<acc>,
-         geometry(ceil_div(sizes.grad_sum, kRowsPerBlock), kThreads), stream, params.grad,
-         sorted.class_start, p.num_tasks, p.num_queries, p.num_classes, grad_sum);
-  dispatch_product<scalar_t>(p, [&](auto product) {
+  launch_grad_sum(p, sorted, params.grad, grad_sum, stream);
+  dispatch_tensor_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
     // One where D = 0, for the sums over rows.
     params.slices = static_cast<int>(std::max<int64_t>(1, ceil_div(p.dim, kSlice<Product, acc>)));
@@ -176,13 +99,10 @@ void run_backward(const Backward& args, const Sorted& sorted, void* workspace, v
                 args.grad_support);
   });
 
-  const auto launch_sum = [&](const acc* partial, int64_t width, void* sum) {
-    launch("matching_attention_backward: totals", sum_partials_kernel<acc>,
-           geometry(ceil_div(p.num_tasks * width, kThreads), kThreads), stream, partial,
-           p.num_tasks, row_blocks(p.num_queries), width, static_cast<acc*>(sum));
-  };
-  launch_sum(scale_partial, 1, args.grad_scale);
-  if (p.similarity == Similarity::kAdditive) launch_sum(weight_partial, p.dim, args.grad_weight);
+  launch_totals(p, scale_partial, 1, args.grad_scale, stream);
+  if (p.similarity == Similarity::kAdditive) {
+    launch_totals(p, weight_partial, p.dim, args.grad_weight, stream);
+  }
 }
 
 }  // namespace

@@ -122,6 +122,12 @@ void run(const Operands& ops, Backward args) {
   const Tensor space = bridge::workspace(ops.query, cuda::backward_workspace(ops.problem));
   cuda::backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
+void run(const Operands& ops, const DoubleBackward& args) {
+  const bridge::CudaScope scope(ops.query);
+  const ClassOrder sorted(ops);
+  const Tensor space = workspace(ops, cuda::double_backward_workspace(ops.problem));
+  cuda::double_backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
+}
 #else
 void run(const Operands& /*ops*/, const Forward& args) {
   FASTMETA_DISPATCH(current_isa(), matching, forward, args, bridge::parallel_for);
@@ -194,7 +200,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Operands& ops, const T
   return {grads.query, grads.support, grads.scale, grads.weight};
 }
 
-#if !defined(FASTMETA_CUDA)
 // A direction of the double backward; no tensor stands for zero.
 class Direction {
  public:
@@ -234,7 +239,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
                           grads.weight_pointer(ops)});
   return {grad_grad, grads.query, grads.support, grads.scale, grads.weight};
 }
-#endif
 
 std::tuple<Tensor, Tensor> matching_attention(const Tensor& query, const Tensor& support,
                                               const Tensor& labels, const Tensor& scale,
@@ -268,7 +272,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_nll_backward(
   return backward(ops, grad, nll, lse, {query.size(0), query.size(1)});
 }
 
-#if !defined(FASTMETA_CUDA)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_attention_double_backward(
     const OptionalTensor& grad_query, const OptionalTensor& grad_support,
     const OptionalTensor& grad_scale, const OptionalTensor& grad_weight, const Tensor& grad,
@@ -290,7 +293,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_nll_double_backward(
   return double_backward(ops, grad_query, grad_support, grad_scale, grad_weight, grad, nll, lse,
                          {query.size(0), query.size(1)});
 }
-#endif
 
 }  // namespace
 
@@ -299,10 +301,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, FASTMETA_DEVICE_KEY, m) {
   m.impl("matching_attention_backward", TORCH_BOX(&matching_attention_backward));
   m.impl("matching_nll", TORCH_BOX(&matching_nll));
   m.impl("matching_nll_backward", TORCH_BOX(&matching_nll_backward));
-#if !defined(FASTMETA_CUDA)
   m.impl("matching_attention_double_backward", TORCH_BOX(&matching_attention_double_backward));
   m.impl("matching_nll_double_backward", TORCH_BOX(&matching_nll_double_backward));
-#endif
 }
 
 }  // namespace fastmeta::matching

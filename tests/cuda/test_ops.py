@@ -26,8 +26,10 @@ NATIVE = (
     "adam_update_backward",
     "matching_attention",
     "matching_attention_backward",
+    "matching_attention_double_backward",
     "matching_nll",
     "matching_nll_backward",
+    "matching_nll_double_backward",
     "momentum_update",
     "momentum_update_backward",
     "segment_mean",
@@ -159,6 +161,40 @@ def test_first_and_second_derivatives(similarity, device):
 
     assert gradcheck(probs, inputs)
     assert gradgradcheck(probs, inputs)
+
+
+def second_derivatives(value, inputs):
+    """Gradients, to the inputs, of a weighted sum of the gradients of the value."""
+    firsts = torch.autograd.grad(finite_sum(value), inputs, create_graph=True)
+    return torch.autograd.grad(sum(weighted_sum(g) for g in firsts), inputs)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.padded], ids=lambda c: c.name)
+def test_second_derivatives_match_the_definition_in_float64(case, similarity, fused, device):
+    query, support, labels, targets, scale, weight = case.make(similarity=similarity)
+
+    def derivatives(place, function):
+        made = leaves(*on(place, query, support, scale, weight))
+        return second_derivatives(function(*made).cpu(), [t for t in made if t is not None])
+
+    def definition(q, s, a, w):
+        logp = attention_definition(q, s, labels, case.classes, similarity, a, w)
+        return nll_definition(logp, targets, case.classes) if fused else logp
+
+    def kernels(q, s, a, w):
+        if not fused:
+            return attention(q, s, labels.to(device), a, w, case.classes, similarity)
+        ints = labels.to(device), targets.to(device)
+        options = {"similarity": similarity, "scale": a, "weight": w, "reduction": "none"}
+        return fm.matching_nll(q, s, *ints, case.classes, **options)
+
+    truth = derivatives(torch.device("cpu"), definition)
+    found = derivatives(device, kernels)
+    rounding = 1e-11 * max(100.0, largest_logit(query, support, labels, similarity, scale, weight))
+    for got, expected in zip(found, truth, strict=True):
+        assert error(got.cpu(), expected) < rounding * max(1.0, expected.abs().max().item())
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

@@ -74,6 +74,20 @@ void matching_backward(const MatchingProblem& problem, uintptr_t grad, uintptr_t
   matching::cuda::backward(args, problem.sorted(), workspace.get(), nullptr);
 }
 
+void matching_double_backward(const MatchingProblem& problem, uintptr_t query_dot,
+                              uintptr_t support_dot, uintptr_t scale_dot, uintptr_t weight_dot,
+                              uintptr_t grad, uintptr_t out, uintptr_t lse, uintptr_t grad_grad,
+                              uintptr_t grad_query, uintptr_t grad_support, uintptr_t grad_scale,
+                              uintptr_t grad_weight) {
+  const matching::DoubleBackward args{
+      problem.get(),    at(query_dot),  at(support_dot), at(scale_dot), at(weight_dot),
+      at(grad),         at(out),        at(lse),         at(grad_grad), at(grad_query),
+      at(grad_support), at(grad_scale), at(grad_weight)};
+  const auto workspace =
+      cuemu::fresh_shared(matching::cuda::double_backward_workspace(args.problem));
+  matching::cuda::double_backward(args, problem.sorted(), workspace.get(), nullptr);
+}
+
 template <class scalar_t>
 void convert(int64_t count, uintptr_t from, uintptr_t decoded, uintptr_t values,
              uintptr_t encoded) {
@@ -94,12 +108,14 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
       .def_readonly("shared_bytes", &cuemu::LaunchRecord::shared_bytes)
       .def_readonly("static_shared_bytes", &cuemu::LaunchRecord::static_shared_bytes);
   m.def("schedule", [](const std::string& order, uint64_t seed, int64_t max_grid) {
-    cuemu::options() = {order == "forward"   ? cuemu::Order::kForward
-                        : order == "reverse" ? cuemu::Order::kReverse
-                                             : cuemu::Order::kRandom,
-                        seed, max_grid, cuemu::options().tensor_cores};
+    cuemu::options().order = order == "forward"   ? cuemu::Order::kForward
+                             : order == "reverse" ? cuemu::Order::kReverse
+                                                  : cuemu::Order::kRandom;
+    cuemu::options().seed = seed;
+    cuemu::options().max_grid = max_grid;
   });
   m.def("tensor_cores", [](bool there) { cuemu::options().tensor_cores = there; });
+  m.def("multiprocessors", [](int count) { cuemu::options().multiprocessors = count; });
   m.def("take_barriers", [] { return std::exchange(cuemu::barriers(), {}); });
   m.def("skip_barrier", [](const std::string& site) { cuemu::options().skipped_barrier = site; });
   m.def("take_launches", [] { return std::exchange(cuemu::launches(), {}); });
@@ -123,4 +139,5 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
 #undef FASTMETA_FIELD
   m.def("matching_forward", &matching_forward);
   m.def("matching_backward", &matching_backward);
+  m.def("matching_double_backward", &matching_double_backward);
 }

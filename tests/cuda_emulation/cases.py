@@ -190,6 +190,87 @@ class Case:
             **{f"{kind}_grad_{name}": value.read() for name, value in grads.items()},
         }
 
+    # ---- the double backward --------------------------------------------------------------------
+
+    def directions(self, parts: str = "qsaw") -> dict[str, Tensor | None]:
+        """Gradients of the backward's outputs; None, which stands for zero, for parts left out."""
+        generator = torch.Generator().manual_seed(sum(self.shape))
+        T = self.shape[0]
+        inputs = {"query": self.query, "support": self.support}
+        inputs["scale"] = self.scale.expand(T)
+        if self.weight is not None:
+            inputs["weight"] = self.weight.expand(T, -1)
+        keys = {"query": "q", "support": "s", "scale": "a", "weight": "w"}
+        drawn = {
+            name: torch.randn(value.shape, generator=generator).to(value.dtype)
+            for name, value in inputs.items()
+        }
+        return {name: value if keys[name] in parts else None for name, value in drawn.items()}
+
+    def define_second(self, dtype: torch.dtype, nll: bool, dots: dict) -> dict[str, Tensor]:
+        """Gradients of the backward along ``dots`` by autograd on the definition, in ``dtype``."""
+        T, _, _, C, _ = self.shape
+        inputs = [self.query, self.support, self.scale.expand(T)]
+        inputs += [] if self.weight is None else [self.weight.expand(T, -1)]
+        tensors = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        query, support, scale, *weight = tensors
+        grad = (self.grad_nll if nll else self.grad_logp).detach().to(dtype).requires_grad_()
+        loss = 0 * sum(x.sum() for x in tensors) + 0 * grad.sum()
+        for t in range(T):
+            valid = (self.labels[t] >= 0) & (self.labels[t] < C)
+            y = self.labels[t][valid]
+            w = weight[0][t] if weight else None
+            z = scale[t] * scores(query[t], support[t][valid], self.similarity, w)
+            for c in y.unique().tolist():
+                logp = torch.logsumexp(z[:, y == c], 1) - torch.logsumexp(z, 1)
+                if nll:
+                    hit = self.targets[t] == c
+                    loss = loss - (logp * grad[t])[hit].sum()
+                else:
+                    loss = loss + (logp * grad[t][:, c]).sum()
+        firsts = torch.autograd.grad(loss, tensors, create_graph=True)
+        names = ["query", "support", "scale", "weight"]
+        score = sum(
+            (first * dots[name].to(dtype)).sum()
+            for name, first in zip(names, firsts, strict=False)
+            if dots[name] is not None
+        )
+        score = score + 0 * sum(x.sum() for x in firsts) + 0 * grad.sum()
+        seconds = torch.autograd.grad(score, [grad, *tensors])
+        return dict(zip(["grad", *names], seconds, strict=False))
+
+    def run_second(self, emulation, *, nll: bool, dots: dict) -> dict[str, Tensor]:
+        """The same by the kernels, from the outputs of the emulated forward."""
+        T, Q, S, C, D = self.shape
+        acc, keep = acc_of(self.dtype), []
+        problem = self.problem(emulation, keep, nll)
+        shape = (T, Q) if nll else (T, Q, C)
+        out, lse = emulation.output(*shape, dtype=acc), emulation.output(T, Q, dtype=acc)
+        emulation.module.matching_forward(problem, out.address, lse.address)
+
+        given = []
+        for name in ("query", "support", "scale", "weight"):
+            dot = dots.get(name)
+            given.append(0)
+            if dot is not None:
+                offset = self.offset if name in ("query", "support") else 0
+                keep.append(emulation.input(dot, offset))
+                given[-1] = keep[-1].address
+        grad = emulation.input(self.grad_nll if nll else self.grad_logp)
+        results = {
+            "grad": emulation.output(*shape, dtype=acc),
+            "query": emulation.output(T, Q, D, dtype=self.dtype, offset=self.offset),
+            "support": emulation.output(T, S, D, dtype=self.dtype, offset=self.offset),
+            "scale": emulation.output(T, dtype=acc),
+        }
+        if self.weight is not None:
+            results["weight"] = emulation.output(T, D, dtype=acc)
+        addresses = [r.address for r in results.values()] + ([0] if self.weight is None else [])
+        emulation.module.matching_double_backward(
+            problem, *given, grad.address, out.address, lse.address, *addresses
+        )
+        return {name: value.read() for name, value in results.items()}
+
 
 def check(emulation, case: Case, nll: bool) -> dict[str, Tensor]:
     """Run the kernels and hold what they give against the definition; returns it."""

@@ -36,11 +36,8 @@ SOURCES = {
     CSRC / "update" / "sgd_update_cuda.cu": ("update",),
     CSRC / "update" / "momentum_update_cuda.cu": ("update",),
     CSRC / "update" / "adam_update_cuda.cu": ("update",),
-    **(
-        {CSRC / "matching" / "matching_attention_cuda.cu": ("matching",)}
-        if (CSRC / "matching" / "matching_attention_cuda.cu").exists()
-        else {}
-    ),
+    CSRC / "matching" / "matching_attention_cuda.cu": ("matching",),
+    CSRC / "matching" / "matching_double_backward_cuda.cu": ("matching",),
     CSRC / "task_layers" / "task_linear_cuda.cu": ("task_layers",),
     CSRC / "task_layers" / "task_conv2d_cuda.cu": ("task_layers",),
     CSRC / "task_layers" / "task_batch_norm_cuda.cu": ("task_layers",),
@@ -282,5 +279,6 @@ def emulation(emulation_module: ModuleType) -> Emulation:
     emulation = Emulation(emulation_module)
     emulation.schedule()
     emulation.module.tensor_cores(True)
+    emulation.module.multiprocessors(128)
     emulation.launches()
     return emulation

@@ -6,8 +6,7 @@
 // Shared memory is a fresh heap block of the exact size, filled with NaN, so that reads before
 // writes and (under AddressSanitizer) overruns are seen. Under ThreadSanitizer every fiber is a
 // thread of its own, and only barriers order memory within a block, nothing between blocks: a
-// missing barrier and two owners of one output are data races in every schedule. This file is the
-// machine; cuemu_device.h is CUDA's vocabulary on top of it. C++20, no dependency, one OS thread.
+// missing barrier and two owners of one output are data races in every schedule.
 #pragma once
 #if defined(__CUDACC__)
 #error "cuemu.h is for host compilers only"
@@ -58,8 +57,9 @@ struct Options {
   Order order = Order::kRandom;
   uint64_t seed = 0;
   int64_t max_grid = 2147483647;  // launchers clip their grids to it
-  bool tensor_cores = true;       // what launchers take the device to have
-  std::string skipped_barrier;    // FILE:LINE of one that threads run through: a planted bug
+  bool tensor_cores = true;       // what launchers take the device to have, as the next
+  int multiprocessors = 128;
+  std::string skipped_barrier;  // FILE:LINE of one that threads run through: a planted bug
 };
 
 struct LaunchRecord {

@@ -38,6 +38,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
       [lanes](auto get, unsigned lane, uint32_t) { return get(lane ^ lanes); });
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane_of_group, int width = 32,
+              int line = __builtin_LINE()) {
+  return cuemu::warp_collective(mask, value, "__shfl_sync", line, false,
+                                [=](auto get, unsigned lane, uint32_t) {
+                                  return get(lane / width * width + lane_of_group % width);
+                                });
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return cuemu::warp_collective(mask, predicate, "__ballot_sync", line, false,
                                 [](auto get, unsigned, uint32_t lanes) {

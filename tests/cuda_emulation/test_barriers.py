@@ -48,6 +48,18 @@ def matching(similarity, nll, dtype=torch.float32):
     return run
 
 
+def double_backward(similarity, nll, dtype):
+    """Work items, tiles on both sides, and slices that wait in memory between tiles."""
+
+    def run(emulation):
+        case = Case(3, 66, 67, 3, 68, similarity, dtype)
+        case.labels[0] = -100  # work without tiles
+        emulation.module.multiprocessors(1)
+        return list(case.run_second(emulation, nll=nll, dots=case.directions()).values())
+
+    return run
+
+
 def task_linear(emulation):
     return [run_linear(emulation, "float32", *make_linear(2, 20, 100, 30, torch.float32))]
 
@@ -73,6 +85,16 @@ def task_batch_norm(emulation):
         pytest.param(matching("cosine", False), id="matching_attention", marks=pytest.mark.slow),
         pytest.param(matching("cosine", False, torch.bfloat16), id="on tensor cores"),
         pytest.param(matching("additive", True), id="matching_nll", marks=pytest.mark.slow),
+        pytest.param(
+            double_backward("cosine", False, torch.bfloat16),
+            id="matching_attention_double_backward",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            double_backward("additive", True, torch.float32),
+            id="matching_nll_double_backward",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_missing_barrier_is_seen(emulation, run):

@@ -59,6 +59,7 @@ def matching(similarity):
     def run(emulation, dtype):
         case = Case(1, 70, 67, 3, 260, similarity, DTYPES[dtype])
         case.run(emulation, nll=False)
+        case.run_second(emulation, nll=False, dots=case.directions())
 
     return run
 
@@ -101,7 +102,9 @@ def test_the_report_counts_with_the_shared_memory_that_is_launched(emulation, si
     task_linear(emulation, dtype)
     task_conv2d(emulation, dtype)
     task_batch_norm(emulation, dtype)
-    Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype]).run(emulation, nll=False)
+    case = Case(1, 2, 3, 2, 4, similarity, DTYPES[dtype])
+    case.run(emulation, nll=False)
+    case.run_second(emulation, nll=False, dots=case.directions())
     tensor = dtype == "bfloat16" and similarity in ("dot", "cosine")
     for launch in emulation.launches():
         stated = [d for d in report.DESIGN if d.launch == launch.what]

@@ -14,6 +14,7 @@ OPS = (
     "segment_mean",
     "updates",
     "matching_attention",
+    "matching_double_backward",
     "task_linear",
     "task_conv2d",
     "task_batch_norm",
