@@ -10,9 +10,11 @@ inline thread_local Scratch call_memory{int64_t{64} << 20};
 
 enum class Mode { kAdapt, kBackward, kMetaStep };
 
-// Tasks [begin, end) of a group add to gradients of the group's own, in order.
+// Tasks [begin, end) of a group add to gradients of the group's own, in order. The more bytes these
+// have, the fewer groups: each is cleared, and read once more for the sum.
 inline int64_t num_groups(int64_t tasks, int64_t bytes) {
-  return min_of<int64_t>(tasks, bytes > (int64_t{1} << 20) ? 8 : 32);
+  const int64_t most = bytes > (int64_t{1} << 20) ? 8 : bytes > (int64_t{1} << 18) ? 16 : 32;
+  return min_of<int64_t>(tasks, most);
 }
 
 template <class T>
