@@ -106,17 +106,31 @@ class TiedWeights(nn.Module):
 class Frozen(nn.Module):
     """A shared extractor with batch norm's running statistics, and a head."""
 
-    def __init__(self):
+    def __init__(self, activation=torch.tanh):
         super().__init__()
         self.body = nn.Linear(4, 5)
         self.norm = nn.BatchNorm1d(5)
         self.head = nn.Linear(5, 3)
+        self.activation = activation
         self.norm.running_mean.uniform_(-0.5, 0.5)
         self.norm.running_var.uniform_(0.5, 2)
         self.eval()
 
     def forward(self, x):
-        return self.head(torch.tanh(self.norm(self.body(x))))
+        return self.head(self.activation(self.norm(self.body(x))))
+
+
+class NormReadTwice(nn.Module):
+    """A batch norm whose value is read with an activation and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6, track_running_stats=False)
+
+    def forward(self, x):
+        normal = self.norm(self.body(x))
+        return self.head(torch.relu(normal) + normal)
 
 
 def _activation(make, text):
@@ -238,6 +252,28 @@ CASES = {
         f"batch_norm(1,w={{1.weight}},b={{1.bias}},eps=1e-05);tanh(2);{_head('4', 3)}",
         (2, 6, 6),
     ),
+    "batch_norm_relu": Case(  # norms and activations in one node
+        _image(
+            lambda: nn.Conv2d(2, 4, 3, padding=1),
+            lambda: nn.BatchNorm2d(4, track_running_stats=False),
+            nn.ReLU,
+            lambda: nn.Conv2d(4, 9, 3, 2, 1),
+            lambda: nn.BatchNorm2d(9, affine=False, track_running_stats=False),
+            lambda: nn.LeakyReLU(0.1),
+            flat=81,
+        ),
+        f"in=2x6x5;{_conv(p='1x1')};batch_norm(1,w={{1.weight}},b={{1.bias}},eps=1e-05);relu(2);"
+        f"{_conv(out=9, s='2x2', p='1x1', name='3', of=3)};batch_norm(4,eps=1e-05);"
+        f"leaky_relu(5,slope=0.1);{_head('7', 6)}",
+        (2, 6, 5),
+    ),
+    "batch_norm_read_twice": Case(
+        NormReadTwice,
+        "in=4;linear(0,w={body.weight},b={body.bias},out=6);"
+        "batch_norm(1,w={norm.weight},b={norm.bias},eps=1e-05);relu(2);add(3+2);"
+        "linear(4,w={head.weight},b={head.bias},out=3)",
+        (4,),
+    ),
     "conv_layer_norm": Case(
         _image(lambda: nn.Conv2d(2, 4, 3), lambda: nn.LayerNorm([4, 4, 4]), nn.Tanh, flat=64),
         f"in=2x6x6;{_conv()};layer_norm(1,w={{1.weight}},b={{1.bias}},eps=1e-05);tanh(2);"
@@ -317,6 +353,14 @@ CASES = {
         Frozen,
         "in=4;linear(0,w={body.weight},b={body.bias},out=5);batch_norm(1,w={norm.weight},"
         "b={norm.bias},mean={norm.running_mean},var={norm.running_var},eps=1e-05);tanh(2);"
+        "linear(3,w={head.weight},b={head.bias},out=3)",
+        (4,),
+        shared=("body.weight", "body.bias", "norm.weight", "norm.bias"),
+    ),
+    "frozen_relu": Case(
+        lambda: Frozen(torch.relu),
+        "in=4;linear(0,w={body.weight},b={body.bias},out=5);batch_norm(1,w={norm.weight},"
+        "b={norm.bias},mean={norm.running_mean},var={norm.running_var},eps=1e-05);relu(2);"
         "linear(3,w={head.weight},b={head.bias},out=3)",
         (4,),
         shared=("body.weight", "body.bias", "norm.weight", "norm.bias"),

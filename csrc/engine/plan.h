@@ -68,6 +68,7 @@ class Plan {
                          !n.w.adapted && !n.b.adapted && n.kind != Kind::kDropout;
     }
     if (program.loss.weight) use(program.loss.weight, vector(shapes.back().channels));
+    join_activations();
     lay_out(fast);
     lay_out(shared);
     factor(args);
@@ -102,6 +103,26 @@ class Plan {
   int64_t factored_size = 0;  // numbers of their whole weights
 
  private:
+  // A batch norm that only a piecewise linear activation reads becomes one node with it, in the
+  // activation's place: values are written once, and its derivative needs no more than the norm's
+  // input. The norm's own value is then read by nobody.
+  void join_activations() {
+    std::vector<int> readers(shapes.size(), 0);
+    for (const Node& n : nodes) {
+      ++readers[n.input];
+      if (n.input2 >= 0) ++readers[n.input2];
+    }
+    for (Node& n : nodes) {
+      const bool straight = n.kind == Kind::kRelu || n.kind == Kind::kLeakyRelu;
+      if (!straight || n.input == 0 || readers[n.input] > 1) continue;
+      Node joined = nodes[n.input - 1];
+      if (joined.kind != Kind::kBatchNorm || joined.activation) continue;
+      joined.activation = n.kind;
+      joined.a = n.a;
+      n = joined;
+    }
+  }
+
   // Chooses the linear layers to keep factored: by multiply-adds of all steps and the queries, a
   // weight that goes through memory counting as kMemory of them.
   void factor(const Adapt& args) {

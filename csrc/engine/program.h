@@ -10,6 +10,7 @@
 // (shared, does not adapt).
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -62,12 +63,13 @@ struct Node {
   // conv2d and pools: kernel, stride, padding, dilation (height, width)
   int64_t k[2] = {1, 1}, s[2] = {1, 1}, p[2] = {0, 0}, d[2] = {1, 1};
   int64_t groups = 1;
-  bool ceil = false;            // pools
-  bool include_pad = true;      // avg_pool
-  bool tanh_gelu = false;       // gelu(approximate="tanh")
-  double eps = 1e-5;            // norms
-  double a = 0, threshold = 0;  // slope, alpha, beta, p of dropout
-  int64_t id = 0;               // dropout
+  std::optional<Kind> activation;  // batch_norm: what is applied to its output (Plan)
+  bool ceil = false;               // pools
+  bool include_pad = true;         // avg_pool
+  bool tanh_gelu = false;          // gelu(approximate="tanh")
+  double eps = 1e-5;               // norms
+  double a = 0, threshold = 0;     // slope, alpha, beta, p of dropout
+  int64_t id = 0;                  // dropout
 };
 
 struct Loss {

@@ -1,13 +1,15 @@
 // Batch normalisation (Ioffe, Szegedy 2015, arXiv:1502.03167): statistics of each channel over the
-// rows and pixels of the pass, biased variance; or running statistics, which are constants.
+// rows and pixels of the pass, biased variance; or running statistics, which are constants. With
+// the activation behind it, where the plan has joined the two.
 //
 // saved: mean, 1 / sqrt(var + eps) and, after a dual forward, their tangents, [ld] each.
 #pragma once
+#include "engine/layers/activations.h"
 #include "engine/layers/channel_norm.h"
 
 namespace fastmeta::engine::FASTMETA_ISA::batch_norm {
 
-constexpr int64_t kSavedArrays = 4, kScratchArrays = 10;
+constexpr int64_t kSavedArrays = 4, kScratchArrays = 12;
 
 template <class T = double>
 int64_t saved_bytes(const Node& node, int64_t) {
@@ -16,6 +18,27 @@ int64_t saved_bytes(const Node& node, int64_t) {
 template <class T = double>
 int64_t scratch_bytes(const Node& node, int64_t) {
   return kScratchArrays * node.in.ld * static_cast<int64_t>(sizeof(T));
+}
+
+// An activation as channel_norm.h wants it.
+template <class T, class Function>
+struct Bent {
+  static constexpr bool kBends = true;
+  Function function;
+  [[gnu::always_inline]] Vec<T> value(Vec<T> y) const { return function(y).value; }
+  [[gnu::always_inline]] Vec<T> slope(Vec<T> y) const { return function(y).first; }
+};
+
+// body(activation of the node)
+template <class T, class Body>
+FASTMETA_INLINE void with_activation(const Node& node, Body&& body) {
+  if (!node.activation) {
+    body(channel_norm::Straight<T>{});
+  } else if (*node.activation == Kind::kRelu) {
+    body(Bent<T, activations::Relu<T>>{activations::Relu<T>(node)});
+  } else {
+    body(Bent<T, activations::LeakyRelu<T>>{activations::LeakyRelu<T>(node)});
+  }
 }
 
 // One call with its arrays named.
@@ -36,6 +59,16 @@ struct Pass {
     for (int64_t k = 0; k < kScratchArrays; ++k) scratch[k] = static_cast<T*>(c.scratch) + k * ld;
   }
   bool constant() const { return call.mean != nullptr; }
+
+  // The scaling of the values, in the last arrays of the scratch.
+  channel_norm::Scaling<T> scaling() const {
+    T *scale = scratch[kScratchArrays - 2], *shift = scratch[kScratchArrays - 1];
+    for (int64_t c = 0; c < ld; c += kWidth<T>) {
+      store(scale + c, load(inverse + c) * load_or(call.w, c, T(1)));
+      store(shift + c, load_or(call.b, c, T(0)));
+    }
+    return {mean, scale, shift, dmean, nullptr, nullptr};
+  }
 };
 
 // Fills the saved arrays. Without dx the tangents are zero. Padding lanes get an inverse of 0, so
@@ -77,13 +110,10 @@ void forward(const LayerCall<T>& call) {
   const Pass<T> pass(call);
   if (pass.n == 0) return;
   statistics<T>(pass, nullptr, false);
-  T *scale = pass.scratch[0], *shift = pass.scratch[1];
-  for (int64_t c = 0; c < pass.ld; c += kWidth<T>) {
-    store(scale + c, load(pass.inverse + c) * load_or(call.w, c, T(1)));
-    store(shift + c, load_or(call.b, c, T(0)));
-  }
-  channel_norm::normalize<T>(call.x, pass.n, pass.ld,
-                             {pass.mean, scale, shift, nullptr, nullptr, nullptr}, call.y);
+  const channel_norm::Scaling<T> by = pass.scaling();
+  with_activation<T>(*call.node, [&](const auto& f) {
+    channel_norm::normalize<T>(call.x, pass.n, pass.ld, by, call.y, f);
+  });
 }
 
 template <class T>
@@ -91,21 +121,22 @@ void dual_forward(const LayerCall<T>& call) {
   const Pass<T> pass(call);
   if (pass.n == 0) return;
   statistics<T>(pass, call.dx, true);
-  T *scale = pass.scratch[0], *shift = pass.scratch[1], *dscale = pass.scratch[2],
-    *dshift = pass.scratch[3];
+  T *dscale = pass.scratch[0], *dshift = pass.scratch[1];
   for (int64_t c = 0; c < pass.ld; c += kWidth<T>) {
     const Vec<T> inverse = load(pass.inverse + c), w = load_or(call.w, c, T(1));
-    store(scale + c, inverse * w);
-    store(shift + c, load_or(call.b, c, T(0)));
     store(dscale + c, load(pass.dinverse + c) * w + inverse * load_or(call.dw, c, T(0)));
     store(dshift + c, load_or(call.db, c, T(0)));
   }
-  const channel_norm::Scaling<T> by{pass.mean, scale, shift, pass.dmean, dscale, dshift};
-  if (call.dx != nullptr) {
-    channel_norm::dual_normalize<true>(call.x, call.dx, pass.n, pass.ld, by, call.y, call.dy);
-  } else {
-    channel_norm::dual_normalize<false>(call.x, call.dx, pass.n, pass.ld, by, call.y, call.dy);
-  }
+  channel_norm::Scaling<T> by = pass.scaling();
+  by.dscale = dscale;
+  by.dshift = dshift;
+  with_activation<T>(*call.node, [&](const auto& f) {
+    if (call.dx != nullptr) {
+      channel_norm::dual_normalize<true>(call.x, call.dx, pass.n, pass.ld, by, call.y, call.dy, f);
+    } else {
+      channel_norm::dual_normalize<false>(call.x, call.dx, pass.n, pass.ld, by, call.y, call.dy, f);
+    }
+  });
 }
 
 // From the sums over the pixels: parameter gradients, and the constants of the spreading. Running
@@ -143,13 +174,17 @@ void backward(const LayerCall<T>& call) {
   if (pass.n == 0) return;
   const channel_norm::Sums<T> sums{pass.scratch[0], pass.scratch[1], nullptr, nullptr};
   T* const* to = pass.scratch + 4;
-  channel_norm::sum_cotangents<false, false, T>(call.x, nullptr, call.gy, nullptr, pass.n, pass.ld,
-                                                pass.mean, nullptr, sums);
-  finish_sums(pass, sums, false, to);
-  if (call.gx == nullptr) return;
-  channel_norm::spread<T>(call.x, call.gy, pass.n, pass.ld,
-                          {pass.mean, to[0], to[1], to[2], nullptr, nullptr, nullptr, nullptr},
-                          call.add_gx, call.gx);
+  const channel_norm::Scaling<T> by = pass.scaling();
+  with_activation<T>(*call.node, [&](const auto& f) {
+    channel_norm::sum_cotangents<false, false, T>(call.x, nullptr, call.gy, nullptr, pass.n,
+                                                  pass.ld, by, sums, f);
+    finish_sums(pass, sums, false, to);
+    if (call.gx == nullptr) return;
+    channel_norm::spread<T>(
+        call.x, call.gy, pass.n, pass.ld,
+        {pass.mean, to[0], to[1], to[2], nullptr, nullptr, nullptr, nullptr, by.shift}, call.add_gx,
+        call.gx, f);
+  });
 }
 
 template <bool kDx, class T>
@@ -159,14 +194,17 @@ void dual_backward_of(const LayerCall<T>& call) {
   const channel_norm::Sums<T> sums{pass.scratch[0], pass.scratch[1], pass.scratch[2],
                                    pass.scratch[3]};
   T* const* to = pass.scratch + 4;
-  channel_norm::sum_cotangents<true, kDx, T>(call.x, call.dx, call.gy, call.dgy, pass.n, pass.ld,
-                                             pass.mean, pass.dmean, sums);
-  finish_sums(pass, sums, true, to);
-  if (call.gx == nullptr && call.dgx == nullptr) return;
-  channel_norm::dual_spread<kDx, T>(
-      call.x, call.dx, call.gy, call.dgy, pass.n, pass.ld,
-      {pass.mean, to[0], to[1], to[2], pass.dmean, to[3], to[4], to[5]}, call.add_gx, call.gx,
-      call.dgx);
+  const channel_norm::Scaling<T> by = pass.scaling();
+  with_activation<T>(*call.node, [&](const auto& f) {
+    channel_norm::sum_cotangents<true, kDx, T>(call.x, call.dx, call.gy, call.dgy, pass.n, pass.ld,
+                                               by, sums, f);
+    finish_sums(pass, sums, true, to);
+    if (call.gx == nullptr && call.dgx == nullptr) return;
+    channel_norm::dual_spread<kDx, T>(
+        call.x, call.dx, call.gy, call.dgy, pass.n, pass.ld,
+        {pass.mean, to[0], to[1], to[2], pass.dmean, to[3], to[4], to[5], by.shift}, call.add_gx,
+        call.gx, call.dgx, f);
+  });
 }
 
 template <class T>

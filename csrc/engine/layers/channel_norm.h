@@ -10,6 +10,9 @@
 //
 //   gx  = p h - q - v (x - m)                     p = r w, q = r A, v = r^2 B
 //   dgx = p dh + dp h - dq - dv (x - m) - v (dx - dm)
+//
+// An activation f behind the scaling makes f(y) of y and f'(y) dy of dy; and then h is f'(y) times
+// the cotangent that comes in, with y computed once more. f is piecewise linear, so f'' is 0.
 #pragma once
 #include "engine/layers/lanes.h"
 
@@ -20,6 +23,14 @@ namespace fastmeta::engine::FASTMETA_ISA::channel_norm {
 constexpr int64_t kChunk = 64;
 // Pixels of a tile where elements are written: few enough for the first cache.
 constexpr int64_t kTile = 16;
+
+// No activation. One has the same members, and kBends = true.
+template <class T>
+struct Straight {
+  static constexpr bool kBends = false;
+  [[gnu::always_inline]] Vec<T> value(Vec<T> y) const { return y; }
+  [[gnu::always_inline]] Vec<T> slope(Vec<T>) const { return splat<T>(1); }
+};
 
 // Arrays of [ld]. Sums of squares m2 around the mean; co: sums of (x - m)(dx - dm).
 template <class T>
@@ -88,8 +99,8 @@ struct Scaling {
   const T *mean, *scale, *shift, *dmean, *dscale, *dshift;
 };
 
-template <class T>
-void normalize(const T* x, int64_t n, int64_t ld, const Scaling<T>& by, T* y) {
+template <class T, class F = Straight<T>>
+void normalize(const T* x, int64_t n, int64_t ld, const Scaling<T>& by, T* y, const F& f = {}) {
   const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
     Vec<T> mean[kN], scale[kN], shift[kN];
@@ -102,16 +113,16 @@ void normalize(const T* x, int64_t n, int64_t ld, const Scaling<T>& by, T* y) {
     for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
-        store(y + at + k * kW, (load(x + at + k * kW) - mean[k]) * scale[k] + shift[k]);
+        store(y + at + k * kW, f.value((load(x + at + k * kW) - mean[k]) * scale[k] + shift[k]));
       }
     }
   };
   over_tiles<T, 4, kTile>(n, ld, body);
 }
 
-template <bool kDx, class T>
+template <bool kDx, class T, class F = Straight<T>>
 void dual_normalize(const T* x, const T* dx, int64_t n, int64_t ld, const Scaling<T>& by, T* y,
-                    T* dy) {
+                    T* dy, const F& f = {}) {
   const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
     Vec<T> mean[kN], scale[kN], shift[kN], dmean[kN], dscale[kN], dshift[kN];
@@ -128,10 +139,11 @@ void dual_normalize(const T* x, const T* dx, int64_t n, int64_t ld, const Scalin
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
         const Vec<T> centred = load(x + at + k * kW) - mean[k];
-        store(y + at + k * kW, centred * scale[k] + shift[k]);
+        const Vec<T> inner = centred * scale[k] + shift[k];
+        store(y + at + k * kW, f.value(inner));
         Vec<T> v = centred * dscale[k] + dshift[k];
         if constexpr (kDx) v += (load(dx + at + k * kW) - dmean[k]) * scale[k];
-        store(dy + at + k * kW, v);
+        store(dy + at + k * kW, v * f.slope(inner));
       }
     }
   };
@@ -145,25 +157,32 @@ struct Sums {
   T *plain, *centred, *dplain, *dcentred;
 };
 
-template <bool kDual, bool kDx, class T>
+template <bool kDual, bool kDx, class T, class F = Straight<T>>
 void sum_cotangents(const T* x, const T* dx, const T* gy, const T* dgy, int64_t n, int64_t ld,
-                    const T* mean, const T* dmean, const Sums<T>& to) {
+                    const Scaling<T>& by, const Sums<T>& to, const F& f = {}) {
   const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
-    Vec<T> m[kN], dm[kN], sum[4][kN] = {};
+    Vec<T> m[kN], dm[kN], scale[kN], shift[kN], sum[4][kN] = {};
     FASTMETA_UNROLL
     for (int k = 0; k < kN; ++k) {
-      m[k] = load(mean + c + k * kW);
-      if constexpr (kDx) dm[k] = load(dmean + c + k * kW);
+      m[k] = load(by.mean + c + k * kW);
+      if constexpr (kDx) dm[k] = load(by.dmean + c + k * kW);
+      if constexpr (F::kBends) {
+        scale[k] = load(by.scale + c + k * kW);
+        shift[k] = load(by.shift + c + k * kW);
+      }
     }
     for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
-        const Vec<T> h = load(gy + at + k * kW), d = load(x + at + k * kW) - m[k];
+        const Vec<T> d = load(x + at + k * kW) - m[k];
+        Vec<T> slope = splat<T>(1);
+        if constexpr (F::kBends) slope = f.slope(d * scale[k] + shift[k]);
+        const Vec<T> h = load(gy + at + k * kW) * slope;
         sum[0][k] += h;
         sum[1][k] += h * d;
         if constexpr (kDual) {
-          const Vec<T> dh = load(dgy + at + k * kW);
+          const Vec<T> dh = load(dgy + at + k * kW) * slope;
           sum[2][k] += dh;
           sum[3][k] += dh * d;
           if constexpr (kDx) sum[3][k] += h * (load(dx + at + k * kW) - dm[k]);
@@ -177,33 +196,36 @@ void sum_cotangents(const T* x, const T* dx, const T* gy, const T* dgy, int64_t 
       for (int k = 0; k < kN; ++k) give(totals[j] + c + k * kW, sum[j][k], begin > 0);
     }
   };
-  over_tiles<T, kDual ? 2 : 4, kChunk>(n, ld, body);
+  over_tiles<T, F::kBends || kDual ? 2 : 4, kChunk>(n, ld, body);
 }
 
-// Arrays of [ld], named as above.
+// Arrays of [ld], named as above; p is the scale, and shift is used by activations alone.
 template <class T>
 struct Spreading {
-  const T *mean, *p, *q, *v, *dmean, *dp, *dq, *dv;
+  const T *mean, *p, *q, *v, *dmean, *dp, *dq, *dv, *shift = nullptr;
 };
 
-template <class T>
-void spread(const T* x, const T* gy, int64_t n, int64_t ld, const Spreading<T>& by, bool add,
-            T* gx) {
+template <class T, class F = Straight<T>>
+void spread(const T* x, const T* gy, int64_t n, int64_t ld, const Spreading<T>& by, bool add, T* gx,
+            const F& f = {}) {
   const auto body = [&](auto vectors, int64_t c, int64_t begin, int64_t end) {
     constexpr int kN = vectors, kW = kWidth<T>;
-    Vec<T> mean[kN], p[kN], q[kN], v[kN];
+    Vec<T> mean[kN], p[kN], q[kN], v[kN], shift[kN];
     FASTMETA_UNROLL
     for (int k = 0; k < kN; ++k) {
       mean[k] = load(by.mean + c + k * kW);
       p[k] = load(by.p + c + k * kW);
       q[k] = load(by.q + c + k * kW);
       v[k] = load(by.v + c + k * kW);
+      if constexpr (F::kBends) shift[k] = load(by.shift + c + k * kW);
     }
     for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
       FASTMETA_UNROLL
       for (int k = 0; k < kN; ++k) {
         const Vec<T> centred = load(x + at + k * kW) - mean[k];
-        give(gx + at + k * kW, load(gy + at + k * kW) * p[k] - q[k] - centred * v[k], add);
+        Vec<T> h = load(gy + at + k * kW);
+        if constexpr (F::kBends) h *= f.slope(centred * p[k] + shift[k]);
+        give(gx + at + k * kW, h * p[k] - q[k] - centred * v[k], add);
       }
     }
   };
@@ -211,18 +233,23 @@ void spread(const T* x, const T* gy, int64_t n, int64_t ld, const Spreading<T>& 
 }
 
 // gx or dgx may be null.
-template <bool kDx, class T>
+template <bool kDx, class T, class F = Straight<T>>
 void dual_spread(const T* x, const T* dx, const T* gy, const T* dgy, int64_t n, int64_t ld,
-                 const Spreading<T>& by, bool add, T* gx, T* dgx) {
+                 const Spreading<T>& by, bool add, T* gx, T* dgx, const F& f = {}) {
   const auto body = [&](auto, int64_t c, int64_t begin, int64_t end) {
     const Vec<T> mean = load(by.mean + c), p = load(by.p + c), q = load(by.q + c),
                  v = load(by.v + c), dmean = load(by.dmean + c), dp = load(by.dp + c),
                  dq = load(by.dq + c), dv = load(by.dv + c);
+    Vec<T> shift{};
+    if constexpr (F::kBends) shift = load(by.shift + c);
     for (int64_t at = begin * ld + c; at < end * ld; at += ld) {
-      const Vec<T> h = load(gy + at), centred = load(x + at) - mean;
+      const Vec<T> centred = load(x + at) - mean;
+      Vec<T> slope = splat<T>(1);
+      if constexpr (F::kBends) slope = f.slope(centred * p + shift);
+      const Vec<T> h = load(gy + at) * slope;
       if (gx != nullptr) give(gx + at, h * p - q - centred * v, add);
       if (dgx != nullptr) {
-        Vec<T> out = load(dgy + at) * p + h * dp - dq - centred * dv;
+        Vec<T> out = load(dgy + at) * slope * p + h * dp - dq - centred * dv;
         if constexpr (kDx) out -= (load(dx + at) - dmean) * v;
         give(dgx + at, out, add);
       }

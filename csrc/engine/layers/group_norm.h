@@ -181,8 +181,9 @@ void backward_of(const LayerCall<T>& call) {
       mean[c] = statistics[c / pass.width].mean;
       if constexpr (kDual) dmean[c] = statistics[c / pass.width].dmean;
     }
-    channel_norm::sum_cotangents<kDual, kDx>(x, dx, gy, dgy, pass.pixels, pass.ld, mean, dmean,
-                                             sums);
+    channel_norm::sum_cotangents<kDual, kDx, T>(x, dx, gy, dgy, pass.pixels, pass.ld,
+                                                {mean, nullptr, nullptr, dmean, nullptr, nullptr},
+                                                sums);
     for (int64_t g = 0; g < pass.node.groups; ++g) {
       finish_group<kDual>(pass, sums, g * pass.width, statistics[g], to);
     }
