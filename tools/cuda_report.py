@@ -84,6 +84,7 @@ DESIGN = (
         r"matching.*:backward_kernel<.*Tensor", "matching_attention_backward", 256, 33040, 2, True
     ),
     Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30544, 2),
+    Design(r"matching.*merge_splits_kernel<", "matching_attention: splits", 256, 0, 4),
     Design(r"matching.*inverse_length_kernel<", "matching_attention: row lengths", 256, 0, 4),
     Design(r"matching.*grad_sum_kernel<", "matching_attention: sums of grad", 256, 0, 4),
     Design(r"matching.*sum_partials_kernel<", "matching_attention: totals", 256, 0, 4),

@@ -30,24 +30,58 @@ Workspace workspace_of(const Problem& p, bool backward) {
   return sizes;
 }
 
+// Parts of the supports that blocks of the forward share: as many as make blocks enough, each of
+// kLeastTiles and more; one where the queries make enough.
+struct Splits {
+  int64_t count, size;
+};
+
+Splits forward_splits(const Problem& p) {
+  constexpr int64_t kLeastTiles = 4;  // of fewer, the merge costs what the split saves
+  const int64_t blocks = std::max<int64_t>(1, p.num_tasks * row_blocks(p.num_queries));
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(p.num_supports, kTile));
+  const int64_t wanted = std::min(enough_blocks() / blocks, tiles / kLeastTiles);
+  const int64_t split_tiles = ceil_div(tiles, std::max<int64_t>(1, wanted));
+  return {ceil_div(tiles, split_tiles), split_tiles * kTile};
+}
+
+template <class acc>
+int64_t split_bytes(const Problem& p) {
+  const int64_t splits = forward_splits(p).count;
+  const auto bytes = static_cast<int64_t>(sizeof(SplitSums<acc>));
+  return splits > 1 ? p.num_tasks * p.num_queries * splits * bytes : 0;
+}
+
 template <class scalar_t>
 void run_forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream) {
   using acc = acc_t<scalar_t>;
   const Problem& p = args.problem;
   ForwardParams<scalar_t> params{};
+  const Workspace sizes = workspace_of(p, false);
+  const Splits splits = forward_splits(p);
   acc* scratch = static_cast<acc*>(workspace);
-  params.problem =
-      prepare<scalar_t>(p, sorted, scratch, scratch + workspace_of(p, false).query_factor, stream);
+  params.problem = prepare<scalar_t>(p, sorted, scratch, scratch + sizes.query_factor, stream);
+  params.splits = splits.count;
+  params.split_size = splits.size;
+  if (splits.count > 1) {
+    acc* rest = scratch + sizes.query_factor + sizes.support_factor;
+    params.partial = reinterpret_cast<SplitSums<acc>*>(rest);
+  }
   params.query_blocks = row_blocks(p.num_queries);
   params.out = static_cast<acc*>(args.out);
   params.lse = static_cast<acc*>(args.lse);
   dispatch_tensor_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
-    launch(
-        "matching_attention", forward_kernel<scalar_t, Product>,
-        geometry(p.num_tasks * params.query_blocks, kThreads, sizeof(ForwardShared<Product, acc>)),
-        stream, params);
+    launch("matching_attention", forward_kernel<scalar_t, Product>,
+           geometry(p.num_tasks * params.query_blocks * params.splits, kThreads,
+                    sizeof(ForwardShared<Product, acc>)),
+           stream, params);
   });
+  if (params.partial == nullptr) return;
+  launch("matching_attention: splits", merge_splits_kernel<acc>,
+         geometry(ceil_div(p.num_tasks * p.num_queries, kRowsPerBlock), kThreads), stream,
+         params.partial, sorted.class_start, p.targets, p.num_tasks, p.num_queries, p.num_classes,
+         params.splits, params.split_size, params.out, params.lse);
 }
 
 template <class scalar_t>
@@ -108,7 +142,9 @@ void run_backward(const Backward& args, const Sorted& sorted, void* workspace, v
 }  // namespace
 
 int64_t forward_workspace(const Problem& problem) {
-  return workspace_of(problem, false).bytes(problem.dtype);
+  const bool wide = problem.dtype == DType::kFloat64;
+  return workspace_of(problem, false).bytes(problem.dtype) +
+         (wide ? split_bytes<double>(problem) : split_bytes<float>(problem));
 }
 
 void forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream) {

@@ -7,14 +7,17 @@
 // (max, sum) a thread is all the state, whatever C is; the last step subtracts lse from the
 // block's part of out. Nothing of size Q x S leaves the block.
 //
+// - splits: where tasks and query blocks are too few for the device, blocks share the supports. A
+//   block streams a run of them in class order and leaves (max, sum) of the query, and of the at
+//   most two classes that others have a part of; merge_splits_kernel puts them together in their
+//   order. Sizes and device alone say how many: six numbers a query and split, whatever C is
 // - bytes: a task reads b * D * (Q + S * ceil(Q / 64)), the repeats from L2, and moves 12 * Q *
 //   C for out, which nll does not have; b bytes a scalar
 // - FLOPs: 2 * Q * S * D for dot products, 3 for differences, a tanh more for additive, and one
 //   exp a pair
-// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100), on tensor cores
-// by
-//   L2 and from D = 64 down by the exps (a sixteenth of the FP32 rate); few-shot sizes by the
-//   number of blocks, T * ceil(Q / 64): one a multiprocessor from T = 64 on
+// - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100), on tensor
+//   cores by L2 and from D = 64 down by the exps (a sixteenth of the FP32 rate); few-shot sizes by
+//   the number of blocks, T * ceil(Q / 64): one a multiprocessor from T = 64 on
 // - shared memory: 28 or 30 KB in float32 and 16-bit types, so two blocks a multiprocessor on every
 //   architecture; 54 KB in float64, one block where 64 or 100 KB are all there is
 // - banks: scores have pitch 68: 16-byte stores by neighbouring lanes, and reads of 8 rows x 4
@@ -24,15 +27,6 @@
 #include "matching/matching_tensor_kernel.cuh"
 
 namespace fastmeta::matching::cuda {
-
-template <class scalar_t>
-struct ForwardParams {
-  using acc = acc_t<scalar_t>;
-  ProblemParams<scalar_t> problem;
-  int64_t query_blocks;
-  acc* out;
-  acc* lse;
-};
 
 template <class Product, class acc>
 struct ForwardShared {
@@ -65,7 +59,32 @@ struct LogSum {
     first.merge(upper ? max : other_max, upper ? sum : other_sum);
     *this = first;
   }
+  // Merges all lanes of the warp.
+  __device__ __forceinline__ void merge_lanes() {
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) merge_lane(offset);
+  }
   __device__ __forceinline__ acc log() const { return max + log_(sum); }
+};
+
+// What a block leaves of a query when others have the rest of its supports. The class that an
+// earlier split began ends, or runs through, in `first`; the one that goes on in the next split and
+// began here is in `last`; classes that lie within the split are in out. For nll `first` is of the
+// target's class alone. What the class order says is not there is not written.
+template <class acc>
+struct SplitSums {
+  LogSum<acc> total, first, last;
+};
+
+template <class scalar_t>
+struct ForwardParams {
+  using acc = acc_t<scalar_t>;
+  ProblemParams<scalar_t> problem;
+  int64_t query_blocks;
+  int64_t splits, split_size;  // of the supports in class order
+  SplitSums<acc>* partial;     // [T * Q, splits], nullptr where supports are not split
+  acc* out;
+  acc* lse;
 };
 
 template <class scalar_t, class Product>
@@ -80,13 +99,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
   const int i = thread / kParts, part = thread % kParts;
   const acc none = -infinity<acc>();
 
-  const int64_t work_items = p.num_tasks * params.query_blocks;
+  const int64_t work_items = p.num_tasks * params.query_blocks * params.splits;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t task = work / params.query_blocks;
-    const int64_t query0 = work % params.query_blocks * kTile;
+    const int64_t query_block = work / params.splits, split = work % params.splits;
+    const int64_t task = query_block / params.query_blocks;
+    const int64_t query0 = query_block % params.query_blocks * kTile;
     const int64_t* class_start = p.class_start + task * (p.num_classes + 1);
     const int64_t* order = p.order + task * p.num_supports;
-    const int64_t num_valid = class_start[p.num_classes];
+    const int64_t begin = split * params.split_size, rest = class_start[p.num_classes] - begin;
+    const int64_t num_valid = begin + (rest < params.split_size ? rest : params.split_size);
     const acc scale = p.scale[task * p.scale_stride];
     const acc* weight = p.weight == nullptr ? nullptr : p.weight + task * p.weight_stride;
 
@@ -96,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     acc* out = params.out + (p.targets != nullptr ? row : row * p.num_classes);
     // Class c of a query is written and read by its thread c % kParts alone.
     const auto write_empty = [&](int64_t from, int64_t to) {
-      if (!owns || p.targets != nullptr) return;
+      if (!owns || p.targets != nullptr || params.partial != nullptr) return;
       for (int64_t c = from + ((part - from) & (kParts - 1)); c < to; c += kParts) out[c] = none;
     };
 
@@ -106,9 +127,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
               p.query_factor);
     }
     LogSum<acc> total, running;  // of the query (in all its threads), of this thread in the class
+    const auto split_sums = [&]() -> SplitSums<acc>& {
+      return params.partial[row * params.splits + split];
+    };
+    // Whether the sums in `running`, of class cls, belong to `first`; leaves them there.
+    const auto leave_first = [&](int64_t cls) {
+      if (params.partial == nullptr) return false;
+      const bool is_first = p.targets != nullptr ? cls == target : class_start[cls] < begin;
+      if (is_first && owns && part == 0) split_sums().first = running;
+      return is_first;
+    };
     acc target_lse = none;
-    int64_t next_class = 0;
-    for (int64_t support0 = 0; support0 < num_valid; support0 += kTile) {
+    int64_t next_class = 0, open_class = -1;  // that goes on in the next tile
+    for (int64_t support0 = begin; support0 < num_valid; support0 += kTile) {
       __syncthreads();  // the last tile's scores and classes have been read
       if (thread < kTile) {
         const int64_t position = support0 + thread;
@@ -158,12 +189,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
           if (score[c] != none) running.sum += LogSum<acc>::weight(score[c], top);
         }
         column = end;
-        if (class_end > count) break;  // the class goes on in the next tile
+        open_class = class_end > count ? cls : -1;
+        if (open_class >= 0) break;
         running.merge_lane(1);
         running.merge_lane(2);
         const acc class_lse = running.log();
         write_empty(next_class, cls);
-        if (owns && p.targets == nullptr && (cls & (kParts - 1)) == part) out[cls] = class_lse;
+        if (!leave_first(cls) && owns && p.targets == nullptr && (cls & (kParts - 1)) == part) {
+          out[cls] = class_lse;
+        }
         if (cls == target) target_lse = class_lse;
         total.merge(running.max, running.sum);
         running = {};
@@ -172,6 +206,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     }
     write_empty(next_class, p.num_classes);
 
+    if (params.partial != nullptr) {
+      if (open_class >= 0) {
+        running.merge_lane(1);
+        running.merge_lane(2);
+        total.merge(running.max, running.sum);
+        if (!leave_first(open_class) && owns && part == 0) split_sums().last = running;
+      }
+      if (owns && part == 0) split_sums().total = total;
+      continue;
+    }
     if (!owns) continue;
     const acc lse = total.log();
     if (part == 0) params.lse[row] = lse;
@@ -184,6 +228,67 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
     for (int64_t c = part; c < p.num_classes; c += kParts) {
       const acc class_lse = out[c];
       if (class_lse != none) out[c] = class_lse - lse;
+    }
+  }
+}
+
+// Puts the splits of a query together, in their order: a warp a query.
+template <class acc>
+__global__ void __launch_bounds__(kThreads, 4)
+    merge_splits_kernel(const SplitSums<acc>* __restrict__ partial,
+                        const int64_t* __restrict__ class_start,
+                        const int64_t* __restrict__ targets, int64_t num_tasks, int64_t num_queries,
+                        int64_t num_classes, int64_t splits, int64_t split_size,
+                        acc* __restrict__ out, acc* __restrict__ lse) {
+  const acc none = -infinity<acc>();
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarpSize);
+  int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  for (; row < num_tasks * num_queries; row += warps) {
+    const int64_t* start = class_start + divide(row, num_queries) * (num_classes + 1);
+    const SplitSums<acc>* parts = partial + row * splits;
+    LogSum<acc> total;
+    for (int64_t split = lane; split < splits; split += kWarpSize) {
+      total.merge(parts[split].total.max, parts[split].total.sum);
+    }
+    total.merge_lanes();
+    const acc row_lse = total.log();
+    if (lane == 0) lse[row] = row_lse;
+
+    if (targets != nullptr) {
+      const int64_t target = targets[row];
+      const bool counts = target >= 0 && target < num_classes;
+      LogSum<acc> sums;
+      if (counts && start[target] < start[target + 1]) {
+        const int64_t last = divide(start[target + 1] - 1, split_size);
+        for (int64_t split = divide(start[target], split_size) + lane; split <= last;
+             split += kWarpSize) {
+          sums.merge(parts[split].first.max, parts[split].first.sum);
+        }
+      }
+      sums.merge_lanes();
+      const acc target_lse = sums.log();
+      const acc nll = target_lse == none ? infinity<acc>() : row_lse - target_lse;
+      if (lane == 0) out[row] = counts ? nll : acc(0);
+      continue;
+    }
+    for (int64_t c = lane; c < num_classes; c += kWarpSize) {
+      acc* to = out + row * num_classes + c;
+      acc class_lse = none;
+      if (start[c] < start[c + 1]) {
+        const int64_t begin = divide(start[c], split_size);
+        const int64_t last = divide(start[c + 1] - 1, split_size);
+        if (begin == last) {
+          class_lse = *to;
+        } else {
+          LogSum<acc> sums = parts[begin].last;
+          for (int64_t split = begin + 1; split <= last; ++split) {
+            sums.merge(parts[split].first.max, parts[split].first.sum);
+          }
+          class_lse = sums.log();
+        }
+      }
+      *to = class_lse == none ? none : class_lse - row_lse;
     }
   }
 }

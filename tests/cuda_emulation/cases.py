@@ -162,6 +162,16 @@ class Case:
         problem.weight_stride = D if self.weight is not None and self.weight.shape[0] == T else 0
         return problem
 
+    def forward(self, emulation, *, nll: bool) -> tuple[Tensor, Tensor]:
+        """Output and lse by the kernels."""
+        T, Q, _, C, _ = self.shape
+        keep: list = []
+        problem = self.problem(emulation, keep, nll)
+        out = emulation.output(*((T, Q) if nll else (T, Q, C)), dtype=acc_of(self.dtype))
+        lse = emulation.output(T, Q, dtype=acc_of(self.dtype))
+        emulation.module.matching_forward(problem, out.address, lse.address)
+        return out.read(), lse.read()
+
     def run(self, emulation, *, nll: bool) -> dict[str, Tensor]:
         """Outputs and gradients by the kernels."""
         T, Q, S, C, D = self.shape

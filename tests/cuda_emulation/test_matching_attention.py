@@ -214,3 +214,41 @@ def test_blocks_that_take_all_slices_give_the_bits_of_those_that_take_one(emulat
     assert max(grids[-2:]) > 1
     for name, value in alone.items():
         assert torch.equal(value, together[name][7:8]), name
+
+
+# Of 11 tiles, on a device that wants 2, 3 and many blocks: classes within a split, over two and
+# through some; a task whose last splits are empty.
+SPLIT = [(1, 2, 700, 3, 4), (1, 2, 700, 60, 4), (1, 2, 700, 2, 4), (2, 3, 520, 9, 3)]
+
+
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", ["dot", pytest.param("euclidean", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", SPLIT, ids=str)
+def test_supports_that_blocks_share(emulation, shape, similarity, nll):
+    case = Case(*shape, similarity, torch.float32)
+    truth, peer = case.define(torch.float64), case.define(torch.float32)
+    kind, seen = "nll" if nll else "logp", set()
+    for multiprocessors in (1, 2, 128):
+        emulation.module.multiprocessors(multiprocessors)
+        got = case.forward(emulation, nll=nll)
+        for name, value in zip((kind, "lse"), got, strict=True):
+            emulation.check(value, truth[name], peer[name], 0.0, name)
+        seen |= {launch.grid for launch in emulation.launches() if "splits" in launch.what}
+        for order, seed, max_grid in [("random", 1, 2**31 - 1), ("reverse", 0, 1)]:
+            emulation.schedule(seed, order, max_grid)
+            assert all(map(torch.equal, got, case.forward(emulation, nll=nll)))
+    assert seen
+
+
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+def test_a_task_without_support_in_splits(emulation, nll):
+    case = Case(1, 3, 600, 3, 4, "cosine", torch.float64)
+    case.labels[:] = -100
+    case.targets[:, :] = torch.tensor([0, -100, 2])
+    out, lse = case.forward(emulation, nll=nll)
+    assert any("splits" in launch.what for launch in emulation.launches())
+    assert (lse == -torch.inf).all()
+    if nll:
+        assert out[0].tolist() == [torch.inf, 0, torch.inf]
+    else:
+        assert (out == -torch.inf).all()
