@@ -43,8 +43,25 @@ def adam_update(query, support, labels, targets, scale, weight):
     return sum(t.square().sum() for t in (*updated, *state.mean, *state.square))
 
 
+def task_linear(query, support, labels, targets, scale, weight):
+    return fm.task_linear(query, support).square().mean()
+
+
+def task_conv2d(query, support, labels, targets, scale, weight):
+    x = query.unflatten(2, (2, 4, -1))
+    kernels = support[:, :6, :18].unflatten(2, (2, 3, 3))
+    return fm.task_conv2d(x, kernels, padding=1, stride=2).square().mean()
+
+
+def task_batch_norm(query, support, labels, targets, scale, weight):
+    return fm.task_batch_norm(query, support[:, 0], support[:, 1]).pow(3).mean()
+
+
 STEPS = {
     "segment_mean": segment_mean,
+    "task_linear": task_linear,
+    "task_conv2d": task_conv2d,
+    "task_batch_norm": task_batch_norm,
     "sgd_update": sgd_update,
     "momentum_update": momentum_update,
     "adam_update": adam_update,
