@@ -75,7 +75,8 @@ class Buffers {
         const bool dynamic = !plan.is_static[v];
         if (query || !dynamic) place_value(v);
         if (query) {
-          if (wants.backward && (dynamic || query_wanted[v])) p.gy[v] = take(size);
+          const bool wanted = wants.backward && (dynamic || query_wanted[v]);
+          if (wanted) p.gy[v] = replaces(plan, p, v) ? p.gy[plan.nodes[v - 1].input] : take(size);
         } else if (wants.second_order) {
           if (dynamic) {
             p.dy[v] = take(size);
@@ -143,6 +144,15 @@ class Buffers {
   int64_t total = 0;
 
  private:
+  // Whether a value's cotangent may lie where its input's will: the layer works number by number
+  // then, and nobody else adds to that. In the queries alone, whose cotangents are used once.
+  static bool replaces(const Plan<T>& plan, const Pass& p, int v) {
+    if (v == 0) return false;
+    const Node& n = plan.nodes[v - 1];
+    const bool each = n.kind == Kind::kBatchNorm || layers::is_activation(n.kind);
+    return each && plan.readers[n.input] == 1 && p.gy[n.input] >= 0;
+  }
+
   static constexpr int64_t kAlign = 64 / sizeof(T);
   static constexpr int64_t kRecordBytes = 128 << 10;
   static int64_t numbers(int64_t bytes) { return ceil_div(bytes, int64_t{sizeof(T)}); }

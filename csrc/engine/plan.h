@@ -75,12 +75,14 @@ class Plan {
     live.assign(shapes.size(), false);
     live.back() = true;
     last_use.assign(shapes.size(), 0);
+    readers.assign(shapes.size(), 0);
     for (int v = static_cast<int>(nodes.size()); v > 0; --v) {
       if (!live[v]) continue;
       const Node& n = nodes[v - 1];
       for (int u : {n.input, n.input2}) {
         if (u < 0) continue;
         live[u] = true;
+        ++readers[u];
         last_use[u] = std::max(last_use[u], v);
       }
     }
@@ -98,6 +100,7 @@ class Plan {
   std::vector<bool> is_static;  // value is the same in all steps of a task
   std::vector<bool> live;       // the prediction depends on the value
   std::vector<int> last_use;    // number of the last live node that reads the value, 0 if none
+  std::vector<int> readers;     // how many live inputs the value is
   ParamList fast, shared;
   std::vector<Factored> factored;
   int64_t factored_size = 0;  // numbers of their whole weights

@@ -13,6 +13,9 @@
 
 namespace fastmeta::engine::FASTMETA_ISA::layers {
 
+// Whether backward reads the cotangent of a number for that number alone.
+inline bool is_activation(Kind kind) { return kind >= Kind::kRelu && kind <= Kind::kSoftplus; }
+
 // FASTMETA_LAYER(call, kind): call of the function of that name in the namespace of the kind.
 #define FASTMETA_LAYERS(kind, function, ...)     \
   switch (kind) {                                \
