@@ -96,7 +96,8 @@ class Buffers {
       record = total - begin;
       const int64_t bytes = record * static_cast<int64_t>(sizeof(T));
       if (one_pass && wants.second_order) {
-        records = std::clamp<int64_t>(kRecordBytes / std::max<int64_t>(bytes, 1), 1,
+        const int64_t room = operations(plan, rows) > kWorth * bytes ? kFarBytes : kNearBytes;
+        records = std::clamp<int64_t>(room / std::max<int64_t>(bytes, 1), 1,
                                       std::max<int64_t>(args.steps, 1));
         total += (records - 1) * record;
       }
@@ -132,8 +133,9 @@ class Buffers {
 
   Pass support, query;
   // What a step's pass over the supports makes (y, gy, saved of what is not static) is a record.
-  // The last `records` steps have one each, `record` numbers apart: as many as the second-level
-  // cache has room for, so that their sweep back finds the primal values as they were.
+  // The last `records` steps have one each, `record` numbers apart, so that their sweep back finds
+  // the primal values as they were: as many as the second-level cache has room for, or the last
+  // one, where the products take longer than to read what they made from there.
   int64_t record = 0, records = 0;
   std::vector<bool> support_wanted, query_wanted;
   std::vector<FactoredBuffers<T>> factored;
@@ -154,7 +156,25 @@ class Buffers {
   }
 
   static constexpr int64_t kAlign = 64 / sizeof(T);
-  static constexpr int64_t kRecordBytes = 128 << 10;
+  static constexpr int64_t kNearBytes = 128 << 10, kFarBytes = 8 << 20;
+  static constexpr int64_t kWorth = 16;  // operations for a byte
+
+  // Of a pass over the supports, those that a record spares: values, and cotangents of values.
+  static int64_t operations(const Plan<T>& plan, int64_t rows) {
+    int64_t sum = 0;
+    for (int v = 1; v < static_cast<int>(plan.shapes.size()); ++v) {
+      const Node& n = plan.nodes[v - 1];
+      const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
+      const bool factored = std::any_of(plan.factored.begin(), plan.factored.end(),
+                                        [=](const Factored& f) { return f.value == v; });
+      if (!is_product || factored || !plan.live[v] || plan.is_static[v]) continue;
+      const int64_t patch = n.in.channels / n.groups * n.k[0] * n.k[1];
+      const int64_t product = 2 * rows * n.out.pixels() * patch * n.out.channels;
+      sum += plan.is_static[n.input] ? product : 2 * product;
+    }
+    return sum;
+  }
+
   static int64_t numbers(int64_t bytes) { return ceil_div(bytes, int64_t{sizeof(T)}); }
   int64_t take(int64_t size) {
     const int64_t place = total;
