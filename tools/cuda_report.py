@@ -91,7 +91,7 @@ DESIGN = (
     Design(r"matching.*class_means_kernel<double", f"{SECOND}: class means", 256, 58192, 1),
     Design(r"matching.*class_means_kernel<", f"{SECOND}: class means", 256, 30256, 2),
     Design(r"matching.*second_kernel<double", SECOND, 256, 58192, 1),
-    Design(r"matching.*second_kernel<.*WeightedTanh", SECOND, 256, 30256, 1),
+    Design(r"matching.*second_kernel<.*(WeightedTanh|Squared)", SECOND, 256, 30256, 1),
     Design(r"matching.*second_kernel<", SECOND, 256, 30256, 2),
     Design(r"matching.*stretch_kernel<", f"{SECOND}: row stretches", 256, 0, 4),
     Design(r"segment.*mean_backward_kernel<", "segment_mean_backward", 128, 0, 8),

@@ -170,7 +170,7 @@ __device__ __forceinline__ void add_second_tile(const SecondParams<scalar_t>& pa
                                      p.vector, value);
     store<kPack>(&shared.tile.rows[1][place][tx * kPack], value);
     __syncthreads();
-#pragma unroll Second < Product> ::kUnroll
+#pragma unroll 1  // longer, it spills
     for (int k = 0; k < kDepth; ++k) {
       const auto pack = [](const acc* at) { return *reinterpret_cast<const Pack<acc>*>(at); };
       const Pack<acc> first = pack(&shared.tile.first[k0 + k][ty * 4]);

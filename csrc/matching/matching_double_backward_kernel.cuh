@@ -23,8 +23,8 @@
 // - no tensor cores: pairs with two coefficients of opposite signs would need all of them split in
 //   two terms of TF32. Where TF32 made the forward's scores, shares sum to one within its rounding
 // - shared memory: 30 KB in float32 and 16-bit types, so two blocks a multiprocessor on every
-//   architecture (additive one, by its registers); 58 KB in float64, one block where 64 or 100 KB
-//   are all there is
+//   architecture (second_kernel of differences and additive one, by registers); 58 KB in float64,
+//   one block where 64 or 100 KB are all there is
 // - banks: coefficients have pitch 68: 16-byte stores two ways in conflict, twice a tile, and read
 //   at one address by 16 lanes; the streamed rows are stored and read by neighbouring lanes
 // - vector width: 16 bytes of float32, 8 of 16-bit types
@@ -176,10 +176,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
   }
 }
 
-// Blocks a multiprocessor that registers must leave room for: sixteen tanh at once want more than
-// half of them.
+// Blocks a multiprocessor that registers must leave room for: slopes that depend on the own row
+// keep it and its direction beside the gradients, which with two blocks spills.
 template <class Product, class acc>
-inline constexpr int kSecondBlocks = Product::kWeighs ? 1 : kBlocks<acc>;
+inline constexpr int kSecondBlocks = Product::kSlopeReadsOwn ? 1 : kBlocks<acc>;
 
 // Gradients of one side; owning queries, also the partial sums for scale and weight.
 template <class scalar_t, class Product>
