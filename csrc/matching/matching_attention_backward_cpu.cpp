@@ -6,7 +6,8 @@
 // the tile is in the L1 cache it gives both gradients: rows of grad_query and of grad_support. The
 // parts along a vector itself (cosine, squared euclidean) are collected as one number per row.
 //
-// Classes too large for a block are measured by a pass before (matching_cpu_exact.h).
+// Classes too large for a block are measured by a pass before (matching_cpu_exact.h). Few-shot
+// tasks go another way (matching_cpu_kept.h).
 //
 // Floor: 3 T*Q*S*D multiply-adds. Never [Q, S] in memory.
 //
@@ -16,6 +17,7 @@
 // levels: block, chunk, all.
 #include "matching/matching_attention.h"
 #include "matching/matching_cpu_exact.h"
+#include "matching/matching_cpu_kept.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
@@ -298,15 +300,10 @@ struct Job {
                             x.grad, grad_weight, add_support, add_query);
       return scale_sum;
     }
-    const Outer<A> to_query{tile, 1, width, supports, n, x.rows, x.grad, add_query};
-    const Outer<A> to_support{tile, width, 1, x.rows, x.count, supports, to, add_support};
-    if (p.similarity == Similarity::kEuclidean) {
-      outer_product<A, Inner::kDifference>(to_query, x.count, p.dim);
-      outer_product<A, Inner::kDifference>(to_support, n, p.dim);
-    } else {
-      outer_product<A, Inner::kProduct>(to_query, x.count, p.dim);
-      outer_product<A, Inner::kProduct>(to_support, n, p.dim);
-    }
+    const OuterRun<A> along_supports{tile, 1, width, supports, n, x.rows};
+    const OuterRun<A> along_queries{tile, width, 1, x.rows, x.count, supports};
+    outer(Outer<A>{&along_supports, 1, x.grad, add_query}, p.similarity, x.count, 0, p.dim);
+    outer(Outer<A>{&along_queries, 1, to, add_support}, p.similarity, n, 0, p.dim);
     return scale_sum;
   }
 
@@ -399,6 +396,9 @@ void run(const Backward& args, ParallelFor par) {
     if (p.similarity == Similarity::kAdditive)
       zero_row(static_cast<A*>(args.grad_weight), tasks * p.dim);
     return;
+  }
+  if constexpr (!kIsHalf<S>) {
+    if (keeps_slopes<S>(p)) return run_kept<S>(args, par);
   }
   const Panels<A> panels(p.num_queries);
   Plan plan{&args,   1, p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr, nullptr,

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "matching/matching_cpu_tiles.h"
+#include "matching/matching_cpu_outer.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
 

@@ -388,21 +388,14 @@ struct SecondJob {
                                 AdditiveRows<A>{x.rows, x.rows_dot, x.grad, add_query}, x.count,
                                 p.dim, task.weight, weight_dot, grad_weight);
     }
-    outer(Outer<A>{sims, 1, width, supports, n, x.rows, x.grad, add_query}, x.count);
-    outer(Outer<A>{sims, width, 1, x.rows, x.count, supports, to, add_support}, n);
-    if (has_support_dot) {
-      outer(Outer<A>{tangent, 1, width, dots, n, x.rows_dot, x.grad, true}, x.count);
-    }
-    if (has_query_dot) {
-      outer(Outer<A>{tangent, width, 1, x.rows_dot, x.count, dots, to, true}, n);
-    }
-  }
-  void outer(const Outer<A>& o, int64_t count) const {
-    if (p.similarity == Similarity::kEuclidean) {
-      outer_product<A, Inner::kDifference>(o, count, p.dim);
-    } else {
-      outer_product<A, Inner::kProduct>(o, count, p.dim);
-    }
+    const OuterRun<A> along_supports[] = {{sims, 1, width, supports, n, x.rows},
+                                          {tangent, 1, width, dots, n, x.rows_dot}};
+    const OuterRun<A> along_queries[] = {{sims, width, 1, x.rows, x.count, supports},
+                                         {tangent, width, 1, x.rows_dot, x.count, dots}};
+    outer(Outer<A>{along_supports, has_support_dot ? 2 : 1, x.grad, add_query}, p.similarity,
+          x.count, 0, p.dim);
+    outer(Outer<A>{along_queries, has_query_dot ? 2 : 1, to, add_support}, p.similarity, n, 0,
+          p.dim);
   }
 
   // Calls f(position, count, slot, first class) block by block.

@@ -1,9 +1,9 @@
-// Inner kernels of matching attention: packed query panels, score tiles and gradient tiles.
+// Inner kernels of matching attention: packed query panels and score tiles.
 //
 // Scores: queries lie along the vector lanes (a panel of NV vectors, packed as panel[d][lane]);
 // support values are read in place and broadcast, MR rows at a time, so that MR * NV sums stay in
-// registers. Gradients: features lie along the lanes and the score tile is broadcast. AVX-512 has
-// registers for 6 x 4 sums, AVX2 and SSE for 6 x 2.
+// registers. AVX-512 has registers for 6 x 4 sums, AVX2 and SSE for 6 x 2. Gradients, but for the
+// additive similarity's, are in matching_cpu_outer.h.
 #pragma once
 #include <cstdint>
 
@@ -327,94 +327,6 @@ static void score_block(const A* const* rows, int64_t n, const A* panel, int64_t
 }
 
 // ---- gradients
-// out[m][d..] (+)= sum_k coef[m * step_m + k * step_k] * x[k][d..]              kProduct
-//                  sum_k coef[m * step_m + k * step_k] * (x[k][d..] - own[m][d..])  kDifference
-template <class A>
-struct Outer {
-  const A* coef;
-  int64_t step_m, step_k;
-  const A* const* x;
-  int64_t num_k;
-  const A* const* own;
-  A* const* out;
-  bool add;
-};
-template <class A, Inner kInner, int NV, int MR, bool kTail>
-static inline void outer_tile(const Outer<A>& o, int64_t m0, int64_t d, int tail) {
-  constexpr int kW = kWidth<A>;
-  Vec<A> sum[MR][NV];
-  FASTMETA_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = Vec<A>{};
-  }
-  const A* coef = o.coef + m0 * o.step_m;
-  for (int64_t k = 0; k < o.num_k; ++k, coef += o.step_k) {
-    const A* row = o.x[k] + d;
-    Vec<A> x[NV];
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) x[v] = kTail ? load_n(row, tail) : load(row + v * kW);
-    FASTMETA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      const Vec<A> a = splat<A>(coef[r * o.step_m]);
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        if constexpr (kInner == Inner::kProduct) {
-          sum[r][v] += a * x[v];
-        } else {
-          const A* own = o.own[m0 + r] + d;
-          sum[r][v] += a * (x[v] - (kTail ? load_n(own, tail) : load(own + v * kW)));
-        }
-      }
-    }
-  }
-  FASTMETA_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    A* out = o.out[m0 + r] + d;
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (kTail) {
-        store_n(out, o.add ? load_n(out, tail) + sum[r][v] : sum[r][v], tail);
-      } else {
-        store(out + v * kW, o.add ? load(out + v * kW) + sum[r][v] : sum[r][v]);
-      }
-    }
-  }
-}
-template <class A, Inner kInner, int NV, int MR, bool kTail>
-static inline void outer_rest(const Outer<A>& o, int64_t n, int64_t m0, int64_t d, int tail) {
-  if constexpr (MR > 0) {
-    if (n == MR) {
-      outer_tile<A, kInner, NV, MR, kTail>(o, m0, d, tail);
-    } else {
-      outer_rest<A, kInner, NV, MR - 1, kTail>(o, n, m0, d, tail);
-    }
-  }
-}
-template <class A, Inner kInner, int NV, bool kTail>
-static void outer_columns(const Outer<A>& o, int64_t num_m, int64_t d, int tail) {
-  constexpr int kMR = 6;
-  int64_t m = 0;
-  for (; m + kMR <= num_m; m += kMR) outer_tile<A, kInner, NV, kMR, kTail>(o, m, d, tail);
-  outer_rest<A, kInner, NV, kMR - 1, kTail>(o, num_m - m, m, d, tail);
-}
-template <class A, Inner kInner>
-static void outer_product(const Outer<A>& o, int64_t num_m, int64_t dim) {
-  constexpr int kW = kWidth<A>;
-  int64_t d = 0;
-  for (; d + kMaxVectors * kW <= dim; d += kMaxVectors * kW) {
-    outer_columns<A, kInner, kMaxVectors, false>(o, num_m, d, 0);
-  }
-  const int left = static_cast<int>((dim - d) / kW);
-  if (left > 0) {
-    with_vectors(left, [&](auto nv) {
-      outer_columns<A, kInner, decltype(nv)::value, false>(o, num_m, d, 0);
-    });
-    d += left * kW;
-  }
-  if (d < dim) outer_columns<A, kInner, 1, true>(o, num_m, d, static_cast<int>(dim - d));
-}
-
 // Additive: with u = tanh(q + s) and coef c, per pair and feature: dq += c w (1 - u^2), ds
 // likewise, dw += c u.
 template <class A>

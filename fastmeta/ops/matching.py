@@ -43,7 +43,8 @@ def matching_attention(
 
     Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
     the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward,
-    backward or double backward (a third order runs in plain PyTorch and holds them).
+    backward or double backward (a third order runs in plain PyTorch and holds them); only the CPU
+    backward of a task holds up to 256 KB of them while it runs.
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
