@@ -125,7 +125,7 @@ void run(const Operands& ops, Backward args) {
 void run(const Operands& ops, const DoubleBackward& args) {
   const bridge::CudaScope scope(ops.query);
   const ClassOrder sorted(ops);
-  const Tensor space = workspace(ops, cuda::double_backward_workspace(ops.problem));
+  const Tensor space = bridge::workspace(ops.query, cuda::double_backward_workspace(ops.problem));
   cuda::double_backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 #else
