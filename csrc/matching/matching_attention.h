@@ -114,10 +114,10 @@ FASTMETA_MATCHING_CPU(avx2)
 FASTMETA_MATCHING_CPU(avx512)
 #undef FASTMETA_MATCHING_CPU
 
-// Launchers of matching_attention_cuda.cu and matching_double_backward_cuda.cu. stream is a cudaStream_t of the current device;
-// workspace is device memory of *_workspace() bytes, 16-byte aligned, free to go once the stream
-// has passed the call. order [T, S] lists each task's supports sorted by class (stable), padding
-// last; class_start [T, C + 1] where each class begins in it.
+// Launchers of matching_attention_cuda.cu and matching_double_backward_cuda.cu. stream is a
+// cudaStream_t of the current device; workspace is device memory of *_workspace() bytes, 16-byte
+// aligned, free to go once the stream has passed the call. order [T, S] lists each task's supports
+// sorted by class (stable), padding last; class_start [T, C + 1] where each class begins in it.
 namespace cuda {
 struct Sorted {
   const int64_t* order;
