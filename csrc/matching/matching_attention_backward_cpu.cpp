@@ -2,8 +2,9 @@
 //
 // Scores are computed again, a tile at a time, and turned into dL/dz on the spot: with the share w
 // of a support in its class, made from the scores of the whole class, and the amplitude G - P sum G
-// per (class, query lane), made beforehand, dL/dz = w * amplitude: one exponential per pair. While
-// the tile is in the L1 cache it gives both gradients: rows of grad_query and of grad_support. The
+// per (class, query lane), made beforehand, dL/dz = w * amplitude: one exponential per pair. The
+// slopes of a block of supports with some panels of queries are held in the L2 cache and multiplied
+// with both sides: rows of grad_query and of grad_support are added to once for all of them. The
 // parts along a vector itself (cosine, squared euclidean) are collected as one number per row.
 //
 // Classes too large for a block are measured by a pass before (matching_cpu_exact.h). Few-shot
@@ -24,6 +25,9 @@ namespace fastmeta::matching::FASTMETA_ISA {
 namespace {
 
 thread_local Scratch call_scratch, exact_scratch, job_scratch;
+
+constexpr int64_t kHeldBytes = int64_t{128} << 10;  // slopes held together
+constexpr int64_t kScoreRows = 36;
 
 struct Plan {
   const Backward* args;
@@ -59,15 +63,17 @@ struct Job {
   // block past all panels.
   bool resident;
   int64_t group, group_lanes;  // panels at a time
+  int64_t held;                // panels whose slopes are held together
   int64_t rows, capacity;      // supports per block: aimed at, at most
   Block<S> block;
   GradientPanel<A>* panel;
-  A *tile, *weights, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies,
+  A *slopes, *weights, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies,
       *grad_support_copies;
   A* grad_weight;
   A* partial;
   IntVec<A>* targets;
   Vec<A>* row_own;
+  OuterRun<A>* runs;  // [held]
   const A** query_rows;
   A **grad_query_rows, **grad_support_rows;
 
@@ -99,8 +105,11 @@ struct Job {
     rows = block_rows<A>(p.num_supports, p.dim);
     capacity = min_of(kWholeRows, p.num_supports);
     resident = (end - begin) * p.dim * static_cast<int64_t>(sizeof(A)) <= kResidentBytes;
-    group = resident ? 1 : last - first;
-    group_lanes = resident ? kMaxLanes : panels.begin(last) - panels.begin(first);
+    constexpr int64_t kPanelBytes = kMaxLanes * static_cast<int64_t>(sizeof(A));
+    held = kHeldBytes / (max_of<int64_t>(1, capacity) * kPanelBytes);
+    held = min_of(max_of<int64_t>(1, held), last - first);
+    group = resident ? held : last - first;
+    group_lanes = min_of(group * kMaxLanes, panels.begin(last) - panels.begin(first));
     allocate(job_scratch);
     if (additive) zero_row(grad_weight, p.dim);
     partial = whole ? nullptr
@@ -120,7 +129,8 @@ struct Job {
     scratch.reset(Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
                   Scratch::size_of<GradientPanel<A>>(group) +
                   Block<S>::bytes(slots, dim, copies_rows<S>(dim)) +
-                  2 * Scratch::size_of<A>(capacity * kMaxLanes) +
+                  Scratch::size_of<A>(held * capacity * kMaxLanes) +
+                  Scratch::size_of<A>(capacity * kMaxLanes) + Scratch::size_of<OuterRun<A>>(held) +
                   Scratch::size_of<A>(group_lanes * dim) +
                   Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
                   Scratch::size_of<A>(query_copied) + Scratch::size_of<A>(half_rows) +
@@ -138,7 +148,8 @@ struct Job {
     }
     panel = scratch.take<GradientPanel<A>>(group);
     block.allocate(scratch, slots, dim, copies_rows<S>(dim));
-    tile = scratch.take<A>(capacity * kMaxLanes);
+    slopes = scratch.take<A>(held * capacity * kMaxLanes);
+    runs = scratch.take<OuterRun<A>>(held);
     weights = scratch.take<A>(capacity * kMaxLanes);
     packed = scratch.take<A>(group_lanes * dim);
     arrays = scratch.take<A>(group_lanes * tables);
@@ -268,42 +279,74 @@ struct Job {
     }
   }
 
-  // One panel against supports [at, at + n); returns sum dz * similarity.
-  double step(const GradientPanel<A>& x, int64_t at, int64_t n, int64_t slot, int64_t first_class,
-              bool add_query, bool add_support) {
-    const int width = x.vectors * kW;
+  // Similarities of `count` panels from x on with supports [slot, slot + n), a few at a time that
+  // stay in the L1 cache, to where their slopes will be.
+  void score(const GradientPanel<A>* x, int64_t count, int64_t n, int64_t slot) {
+    for (int64_t r = 0; r < n; r += kScoreRows) {
+      const int64_t m = min_of(kScoreRows, n - r);
+      const A* const* supports = block.rows + slot + r;
+      for (int64_t i = 0; i < count; ++i) {
+        const Finish<A> finish{p.similarity, block.terms + slot + r,
+                               needs_norms(p.similarity) ? x[i].terms : nullptr, A(1)};
+        A* tile = slopes_of(x, i, n) + r * x[i].vectors * kW;
+        with_vectors(x[i].vectors, [&](auto nv) {
+          constexpr int kNV = decltype(nv)::value;
+          if (by_rows) {
+            score_rows<A, kNV>(supports, m, x[i].rows, x[i].count, p.dim, finish, tile);
+          } else {
+            score_block<A, kNV>(supports, m, x[i].packed, p.dim, task.weight, finish, tile);
+          }
+        });
+      }
+    }
+  }
+  // Of panel i of those held, n supports each.
+  A* slopes_of(const GradientPanel<A>* x, int64_t i, int64_t n) const {
+    return slopes + (x[i].query - x[0].query) * n;
+  }
+
+  // `count` panels from x on against supports [at, at + n); returns sum dz * similarity.
+  double step(const GradientPanel<A>* x, int64_t count, int64_t at, int64_t n, int64_t slot,
+              int64_t first_class, bool add_query, bool add_support) {
     const A* const* supports = block.rows + slot;
-    const A* terms = block.terms + slot;
     A* const* to = grad_support_rows + slot;
-    const Finish<A> finish{p.similarity, terms, needs_norms(p.similarity) ? x.terms : nullptr,
-                           A(1)};
     const A factor = task.scale * Const<A>::kLog2e;
     double scale_sum = 0;
-    with_vectors(x.vectors, [&](auto nv) {
-      constexpr int kNV = decltype(nv)::value;
-      if (by_rows) {
-        score_rows<A, kNV>(supports, n, x.rows, x.count, p.dim, finish, tile);
-      } else {
-        score_block<A, kNV>(supports, n, x.packed, p.dim, task.weight, finish, tile);
+    score(x, count, n, slot);
+    for (int64_t i = 0; i < count; ++i) {
+      const int width = x[i].vectors * kW;
+      A* tile = slopes_of(x, i, n);
+      with_vectors(x[i].vectors, [&](auto nv) {
+        constexpr int kNV = decltype(nv)::value;
+        if (nll) {
+          const bool all = at == 0 && n == start[p.num_classes];
+          target_weights<A, kNV>(x[i], start, first_class, at, n, all, factor, tile, weights);
+        } else {
+          class_weights<A, kNV>(x[i], start, first_class, c0, at, n, factor, tile, weights);
+        }
+        scale_sum += coefficients_of<A, kNV>(p.similarity, x[i], n, block.terms + slot, task.scale,
+                                             weights, tile, row_own + slot);
+      });
+      if (additive) {
+        additive_gradients<A>(tile, width, supports, n, x[i].rows, x[i].count, p.dim, task.weight,
+                              to, x[i].grad, grad_weight, add_support || i > 0, add_query);
       }
-      if (nll) {
-        const bool all = at == 0 && n == start[p.num_classes];
-        target_weights<A, kNV>(x, start, first_class, at, n, all, factor, tile, weights);
-      } else {
-        class_weights<A, kNV>(x, start, first_class, c0, at, n, factor, tile, weights);
-      }
-      scale_sum = coefficients_of<A, kNV>(p.similarity, x, n, terms, task.scale, weights, tile,
-                                          row_own + slot);
-    });
-    if (additive) {
-      additive_gradients<A>(tile, width, supports, n, x.rows, x.count, p.dim, task.weight, to,
-                            x.grad, grad_weight, add_support, add_query);
-      return scale_sum;
+      runs[i] = {tile, width, 1, x[i].rows, x[i].count, supports};
     }
-    const OuterRun<A> along_supports{tile, 1, width, supports, n, x.rows};
-    const OuterRun<A> along_queries{tile, width, 1, x.rows, x.count, supports};
-    outer(Outer<A>{&along_supports, 1, x.grad, add_query}, p.similarity, x.count, 0, p.dim);
-    outer(Outer<A>{&along_queries, 1, to, add_support}, p.similarity, n, 0, p.dim);
+    if (additive) return scale_sum;
+    const int64_t step = block_columns<A>(n);
+    for (int64_t d = 0; d < p.dim; d += step) {
+      for (int64_t i = 0; i < count; ++i) {
+        const OuterRun<A> run{runs[i].coef, 1, runs[i].step_m, supports, n, x[i].rows};
+        outer(Outer<A>{&run, 1, x[i].grad, add_query}, p.similarity, x[i].count, d,
+              min_of(p.dim, d + step));
+      }
+    }
+    const int64_t lanes = x[count - 1].query + x[count - 1].count - x[0].query;
+    const int64_t columns = block_columns<A>(lanes);
+    for (int64_t d = 0; d < p.dim; d += columns) {
+      outer(Outer<A>{runs, count, to, add_support}, p.similarity, n, d, min_of(p.dim, d + columns));
+    }
     return scale_sum;
   }
 
@@ -319,8 +362,15 @@ struct Job {
         const int64_t slot = resident ? at - begin : 0;
         if (!resident || g == first) open_block(at, n, slot);
         while (start[first_class + 1] <= at) ++first_class;
-        for (int64_t i = g; i < g_end; ++i) {
-          scale_total += step(panel[i - g], at, n, slot, first_class, at > begin, i > first);
+        for (int64_t i = g; i < g_end; i += held) {
+          if (!resident) {
+            const int64_t rest = min_of(n, end - at - n), steps = ceil_div(g_end - g, held);
+            const int64_t part = (i - g) / held, from = rest * part / steps;
+            prefetch_rows(task.support, order + at + n + from, rest * (part + 1) / steps - from,
+                          p.dim);
+          }
+          scale_total += step(panel + (i - g), min_of(held, g_end - i), at, n, slot, first_class,
+                              at > begin, i > first);
         }
         if (!resident) close_block(at, n);
       }

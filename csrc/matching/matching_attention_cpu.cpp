@@ -300,7 +300,11 @@ void run_job(const Plan& plan, int64_t index) {
     const int64_t n = min_of(rows, chunk.end - begin);
     block.gather(p, task.support, order + begin, n, 0);
     while (start[first_class + 1] <= begin) ++first_class;
+    const int64_t rest = min_of(rows, chunk.end - begin - n);
     for (int64_t i = first; i < last; ++i) {
+      const int64_t from = rest * (i - first) / (last - first);
+      prefetch_rows(task.support, order + begin + n + from,
+                    rest * (i - first + 1) / (last - first) - from, p.dim);
       Panel<A>& x = panel[i - first];
       const Finish<A> finish{p.similarity, block.terms,
                              needs_norms(p.similarity) ? x.terms : nullptr, factor};
