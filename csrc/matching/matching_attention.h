@@ -69,21 +69,42 @@ struct Problem {
   bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
 };
 
+// CPU: tasks whose slopes dL/dz the backward holds, because they fit the second-level cache: float
+// and double, at most kSlopeBytes of them. kept_lanes: queries, up to the widest vector.
+constexpr int64_t kSlopeBytes = int64_t{256} << 10;
+constexpr int64_t kSlopeRows = 1024;  // supports or queries at most
+inline int64_t kept_lanes(const Problem& p) { return (p.num_queries + 15) / 16 * 16; }
+inline bool keeps_slopes(const Problem& p) {
+  const int64_t lanes = kept_lanes(p), size = p.dtype == DType::kFloat64 ? 8 : 4;
+  return (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
+         p.similarity != Similarity::kAdditive && p.num_supports > 0 &&
+         p.num_supports <= kSlopeRows && lanes <= kSlopeRows &&
+         lanes * p.num_supports * size <= kSlopeBytes;
+}
+// And of these, tasks whose similarities the forward hands to the backward, where one follows:
+// those take at most half of the memory that query and support take.
+inline bool keeps_scores(const Problem& p) {
+  return keeps_slopes(p) &&
+         2 * kept_lanes(p) * p.num_supports <= (p.num_queries + p.num_supports) * p.dim;
+}
+
 struct Forward {
   Problem problem;
-  void* out;  // acc: logp [T, Q, C], or with targets nll [T, Q]
-  void* lse;  // acc: [T, Q]
+  void* out;               // acc: logp [T, Q, C], or with targets nll [T, Q]
+  void* lse;               // acc: [T, Q]
+  void* scores = nullptr;  // acc: similarities [T, S, kept_lanes()], supports in class order
 };
 
 struct Backward {
   Problem problem;
-  const void* grad;    // acc, shaped like out
-  const void* out;     // acc, of the forward
-  const void* lse;     // acc, [T, Q]
-  void* grad_query;    // scalar, [T, Q, D]
-  void* grad_support;  // scalar, [T, S, D]; zero at padding
-  void* grad_scale;    // acc, [T]
-  void* grad_weight;   // acc, [T, D]; nullptr unless additive
+  const void* grad;              // acc, shaped like out
+  const void* out;               // acc, of the forward
+  const void* lse;               // acc, [T, Q]
+  void* grad_query;              // scalar, [T, Q, D]
+  void* grad_support;            // scalar, [T, S, D]; zero at padding
+  void* grad_scale;              // acc, [T]
+  void* grad_weight;             // acc, [T, D]; nullptr unless additive
+  const void* scores = nullptr;  // of the forward, or nullptr: to be computed again
 };
 
 // The directions may be nullptr, which stands for zero. They are contiguous, as everything else.

@@ -448,7 +448,7 @@ void run(const Backward& args, ParallelFor par) {
     return;
   }
   if constexpr (!kIsHalf<S>) {
-    if (keeps_slopes<S>(p)) return run_kept<S>(args, par);
+    if (keeps_slopes(p)) return run_kept<S>(args, par);
   }
   const Panels<A> panels(p.num_queries);
   Plan plan{&args,   1, p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr, nullptr,

@@ -192,6 +192,22 @@ struct Job {
   }
 };
 
+// Similarities of a tile to where the backward will find them, with zeros up to lane `end`; the
+// tile gets its factor.
+template <class A, int NV>
+void keep_scores(int64_t n, A factor, A* tile, A* scores, int64_t lanes, int64_t end) {
+  constexpr int kW = kWidth<A>;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t l = NV * kW; l < end; ++l) scores[r * lanes + l] = 0;
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vec<A> x = load(tile + (r * NV + v) * kW);
+      store(scores + r * lanes + v * kW, x);
+      store(tile + (r * NV + v) * kW, x * factor);
+    }
+  }
+}
+
 template <class S>
 void run_job(const Plan& plan, int64_t index) {
   using A = Acc<S>;
@@ -286,6 +302,8 @@ void run_job(const Plan& plan, int64_t index) {
     }
   }
   const A factor = task.scale * Const<A>::kLog2e;
+  A* scores = static_cast<A*>(plan.args->scores);
+  if (scores != nullptr) scores += t * p.num_supports * kept_lanes(p);
   const Chunk& chunk = job.chunk;
   int64_t first_class = chunk.begin < chunk.end ? class_at(start, p.num_classes, chunk.begin) : 0;
   // Empty classes in front of all supports.
@@ -307,13 +325,18 @@ void run_job(const Plan& plan, int64_t index) {
                     rest * (i - first + 1) / (last - first) - from, p.dim);
       Panel<A>& x = panel[i - first];
       const Finish<A> finish{p.similarity, block.terms,
-                             needs_norms(p.similarity) ? x.terms : nullptr, factor};
+                             needs_norms(p.similarity) ? x.terms : nullptr,
+                             scores == nullptr ? factor : A(1)};
       with_vectors(x.vectors, [&](auto nv) {
         constexpr int kNV = decltype(nv)::value;
         if (by_rows) {
           score_rows<A, kNV>(block.rows, n, x.rows, x.count, p.dim, finish, tile);
         } else {
           score_block<A, kNV>(block.rows, n, x.packed, p.dim, task.weight, finish, tile);
+        }
+        if (scores != nullptr) {
+          const int64_t lanes = kept_lanes(p), end = i + 1 < panels.count ? 0 : lanes - x.query;
+          keep_scores<A, kNV>(n, factor, tile, scores + begin * lanes + x.query, lanes, end);
         }
         job.template process<kNV>(x, begin, n, first_class, tile);
       });

@@ -140,12 +140,27 @@ void run(const Operands& /*ops*/, const DoubleBackward& args) {
 }
 #endif
 
-std::tuple<Tensor, Tensor> forward(const Operands& ops, const std::vector<int64_t>& out_shape) {
+// How many similarities of a task the forward leaves for the backward.
+int64_t scores_size(const Problem& p) {
+#if defined(FASTMETA_CUDA)
+  return 0;
+#else
+  return keeps_scores(p) ? p.num_supports * kept_lanes(p) : 0;
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Operands& ops,
+                                           const std::vector<int64_t>& out_shape,
+                                           bool keep_scores) {
+  const Problem& p = ops.problem;
   const ScalarType acc = bridge::acc_type(ops.query);
   Tensor out = bridge::empty(ops.query, out_shape, acc);
-  Tensor lse = bridge::empty(ops.query, {ops.problem.num_tasks, ops.problem.num_queries}, acc);
-  run(ops, Forward{ops.problem, out.mutable_data_ptr(), lse.mutable_data_ptr()});
-  return {out, lse};
+  Tensor lse = bridge::empty(ops.query, {p.num_tasks, p.num_queries}, acc);
+  const int64_t size = keep_scores ? scores_size(p) : 0;
+  Tensor scores = bridge::empty(ops.query, {p.num_tasks, size}, acc);
+  run(ops, Forward{p, out.mutable_data_ptr(), lse.mutable_data_ptr(),
+                   size > 0 ? scores.mutable_data_ptr() : nullptr});
+  return {out, lse, scores};
 }
 
 // What the forward left and the gradient of its result, checked and contiguous.
@@ -190,13 +205,20 @@ struct Gradients {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Operands& ops, const Tensor& grad,
                                                     const Tensor& out, const Tensor& lse,
+                                                    const Tensor& scores,
                                                     const std::vector<int64_t>& out_shape) {
   const Saved saved(ops, grad, out, lse, out_shape);
+  const bool kept = scores.dim() == 2 && scores.size(1) > 0;
+  const Tensor similarities = bridge::contiguous(scores);
+  if (kept) {
+    bridge::check_shape(scores, "scores", {ops.problem.num_tasks, scores_size(ops.problem)});
+    bridge::check_dtype(scores, "scores", bridge::acc_type(ops.query));
+  }
   const Gradients grads(ops);
   run(ops, Backward{ops.problem, saved.grad.const_data_ptr(), saved.out.const_data_ptr(),
                     saved.lse.const_data_ptr(), grads.query.mutable_data_ptr(),
                     grads.support.mutable_data_ptr(), grads.scale.mutable_data_ptr(),
-                    grads.weight_pointer(ops)});
+                    grads.weight_pointer(ops), kept ? similarities.const_data_ptr() : nullptr});
   return {grads.query, grads.support, grads.scale, grads.weight};
 }
 
@@ -240,36 +262,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   return {grad_grad, grads.query, grads.support, grads.scale, grads.weight};
 }
 
-std::tuple<Tensor, Tensor> matching_attention(const Tensor& query, const Tensor& support,
-                                              const Tensor& labels, const Tensor& scale,
-                                              const OptionalTensor& weight, int64_t num_classes,
-                                              const std::string& similarity) {
+std::tuple<Tensor, Tensor, Tensor> matching_attention(const Tensor& query, const Tensor& support,
+                                                      const Tensor& labels, const Tensor& scale,
+                                                      const OptionalTensor& weight,
+                                                      int64_t num_classes,
+                                                      const std::string& similarity,
+                                                      bool keep_scores) {
   const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
-  return forward(ops, {query.size(0), query.size(1), num_classes});
+  return forward(ops, {query.size(0), query.size(1), num_classes}, keep_scores);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_attention_backward(
     const Tensor& grad, const Tensor& query, const Tensor& support, const Tensor& labels,
     const Tensor& scale, const OptionalTensor& weight, const Tensor& logp, const Tensor& lse,
-    int64_t num_classes, const std::string& similarity) {
+    const Tensor& scores, int64_t num_classes, const std::string& similarity) {
   const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
-  return backward(ops, grad, logp, lse, {query.size(0), query.size(1), num_classes});
+  return backward(ops, grad, logp, lse, scores, {query.size(0), query.size(1), num_classes});
 }
 
-std::tuple<Tensor, Tensor> matching_nll(const Tensor& query, const Tensor& support,
-                                        const Tensor& labels, const Tensor& targets,
-                                        const Tensor& scale, const OptionalTensor& weight,
-                                        int64_t num_classes, const std::string& similarity) {
+std::tuple<Tensor, Tensor, Tensor> matching_nll(const Tensor& query, const Tensor& support,
+                                                const Tensor& labels, const Tensor& targets,
+                                                const Tensor& scale, const OptionalTensor& weight,
+                                                int64_t num_classes, const std::string& similarity,
+                                                bool keep_scores) {
   const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
-  return forward(ops, {query.size(0), query.size(1)});
+  return forward(ops, {query.size(0), query.size(1)}, keep_scores);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_nll_backward(
     const Tensor& grad, const Tensor& query, const Tensor& support, const Tensor& labels,
     const Tensor& targets, const Tensor& scale, const OptionalTensor& weight, const Tensor& nll,
-    const Tensor& lse, int64_t num_classes, const std::string& similarity) {
+    const Tensor& lse, const Tensor& scores, int64_t num_classes, const std::string& similarity) {
   const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
-  return backward(ops, grad, nll, lse, {query.size(0), query.size(1)});
+  return backward(ops, grad, nll, lse, scores, {query.size(0), query.size(1)});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_attention_double_backward(

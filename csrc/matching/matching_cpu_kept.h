@@ -5,9 +5,9 @@
 // written once, nothing is added up in memory. Against the blocks of the general path that saves
 // most loads and stores of gradients, and classes are never cut.
 //
-// Floor: 3 T*Q*S*D multiply-adds. A job is a task; or, where tasks are few, a panel for the slopes
-// and then some columns of one gradient. How work is cut does not change any sum, so results depend
-// on shapes alone.
+// Floor: 3 T*Q*S*D multiply-adds, or 2 where the forward has left the similarities. A job is a
+// task; or, where tasks are few, a panel for the slopes and then some columns of one gradient. How
+// work is cut does not change any sum, so results depend on shapes alone.
 #pragma once
 #include <cstdint>
 
@@ -15,17 +15,7 @@
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
-constexpr int64_t kSlopeBytes = int64_t{256} << 10;  // of a task
-constexpr int64_t kSlopeRows = 1024;                 // longest sum in two levels
-constexpr int64_t kDepth = 256;                      // of which the first has this many terms
-
-template <class S>
-static bool keeps_slopes(const Problem& p) {
-  if (kIsHalf<S> || p.similarity == Similarity::kAdditive) return false;
-  const int64_t lanes = Panels<Acc<S>>(p.num_queries).lanes();
-  return p.num_supports > 0 && p.num_supports <= kSlopeRows && lanes <= kSlopeRows &&
-         lanes * p.num_supports * static_cast<int64_t>(sizeof(Acc<S>)) <= kSlopeBytes;
-}
+constexpr int64_t kDepth = 256;  // terms of the first of two levels of sums
 
 // What a task keeps between its two steps.
 template <class A>
@@ -146,7 +136,7 @@ struct KeptBackward {
     panel.terms = x.query_terms + begin;
     panel.own = x.query_own + begin;
     zero_row(panel.own, width);
-    if (by_rows) {
+    if (by_rows || args.scores != nullptr) {
       row_terms<A>(p, x.query + begin, count, width, panel.terms);
     } else {
       pack_panel(p, task.query + begin * p.dim, count, width, work.packed, panel.terms);
@@ -179,7 +169,9 @@ struct KeptBackward {
         const int64_t n = min_of(rows, valid - at);
         const Finish<A> finish{p.similarity, x.terms + at,
                                needs_norms(p.similarity) ? panel.terms : nullptr, A(1)};
-        if (by_rows) {
+        if (args.scores != nullptr) {
+          load_scores<kNV>(t, at, n, begin, tile + at * width);
+        } else if (by_rows) {
           score_rows<A, kNV>(x.support + at, n, x.query + begin, count, p.dim, finish,
                              tile + at * width);
         } else {
@@ -264,6 +256,18 @@ struct KeptBackward {
   }
 
  private:
+  // Similarities of sorted supports [at, at + n) and a panel that begins at query `begin`.
+  template <int NV>
+  void load_scores(int64_t t, int64_t at, int64_t n, int64_t begin, A* tile) const {
+    const int64_t lanes = kept_lanes(p);
+    const A* from = static_cast<const A*>(args.scores) + (t * p.num_supports + at) * lanes + begin;
+    for (int64_t r = 0; r < n; ++r) {
+      FASTMETA_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        store(tile + (r * NV + v) * kW, load(from + r * lanes + v * kW));
+      }
+    }
+  }
   A* slopes_of(const KeptTask<A>& x, int64_t i) const {
     return x.slopes + panels.begin(i) * p.num_supports;
   }

@@ -92,6 +92,7 @@ def define_op(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
+    eager_options: tuple[Any, ...] = (),
 ) -> Op:
     """Define ``fastmeta::<op>`` and return the function that calls it on the right autograd route.
 
@@ -103,6 +104,8 @@ def define_op(
         backward: ``(ctx, *grads)``, returns one gradient (or list, or None) an input, computed by
             differentiable operations; ``ctx.needs_input_grad`` has a list of flags for a list.
         vmap: ``(info, in_dims, *inputs)``, returns ``(output, out_dims)``.
+        eager_options: Trailing arguments of the schema on the eager route, where a backward is
+            likely to follow; elsewhere their defaults hold.
 
     Returns:
         A function of the op's positional arguments.
@@ -157,7 +160,7 @@ def define_op(
         spec, flat = _flatten(args)
         return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
 
-    eager_call = _eager_route(name, raw, setup_context, backward, function_backward)
+    eager_call = _eager_route(name, raw, setup_context, backward, function_backward, eager_options)
 
     def call(*args: Any) -> Any:
         if _functorch_active() or _forward_ad_active():
@@ -189,6 +192,7 @@ def _eager_route(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     flat_backward: Callable[..., Any],
+    options: tuple[Any, ...],
 ) -> Callable[..., Any]:
     """The op through an autograd Function of the old style, which torch calls fastest.
 
@@ -197,7 +201,7 @@ def _eager_route(
 
     def forward(ctx: Any, *args: Any) -> Any:
         with _below_autograd():
-            output = raw(*args)
+            output = raw(*args, *options)
         setup_context(ctx, args, output)
         return output
 

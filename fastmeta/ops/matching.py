@@ -43,8 +43,9 @@ def matching_attention(
 
     Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
     the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward,
-    backward or double backward (a third order runs in plain PyTorch and holds them); only the CPU
-    backward of a task holds up to 256 KB of them while it runs.
+    backward or double backward (a third order runs in plain PyTorch and holds them), but for small
+    tasks on the CPU: up to 256 KB a task while the backward runs, and from the forward to the
+    backward where that is at most half of the size of ``query`` and ``support``.
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
@@ -194,18 +195,26 @@ LIBRARY.impl(
 # --- matching_attention ---------------------------------------------------------------------------
 
 
-def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+# ``keep_scores`` asks the forward for what spares the backward its first product: the similarities
+# of few-shot tasks. They are the kernel's own business: empty where it keeps none (other devices,
+# larger tasks, the reference, traced programs), and read by no one but the backward.
+
+
+def _fake(
+    query: Tensor, _support: Tensor, _labels: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     acc, (tasks, queries, _) = acc_dtype(query.dtype), query.shape
-    num_classes = args[-2]
+    num_classes = args[2]
     return (
         query.new_empty((tasks, queries, num_classes), dtype=acc),
         query.new_empty((tasks, queries), dtype=acc),
+        query.new_empty((tasks, 0), dtype=acc),
     )
 
 
 def _fake_backward(_grad: Tensor, query: Tensor, support: Tensor, *args: Any) -> tuple[Tensor, ...]:
     acc, tasks = acc_dtype(query.dtype), query.shape[0]
-    width = 0 if _weight_of(args) is None else query.shape[2]
+    width = 0 if args[-6] is None else query.shape[2]  # of weight, out, lse, scores, C, similarity
     return (
         query.new_empty(query.shape),
         support.new_empty(support.shape),
@@ -214,10 +223,8 @@ def _fake_backward(_grad: Tensor, query: Tensor, support: Tensor, *args: Any) ->
     )
 
 
-def _weight_of(args: tuple[Any, ...]) -> Tensor | None:
-    """``weight`` of a (double) backward op: its arguments end in weight, out, lse, C, sim."""
-    weight: Tensor | None = args[-5]
-    return weight
+def _no_scores(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return out, lse, lse.new_empty((lse.shape[0], 0))
 
 
 def _sum_shared(grad: Tensor, shared: Tensor) -> Tensor:
@@ -241,14 +248,16 @@ def _backward_grads(double_backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        _grad, _query, _support, *ints, scale, weight, _out, _lse = saved
+        _grad, _query, _support, *ints, scale, weight, _out, _lse, _scores = saved
         if all(g is None for g in given):
             return (None,) * (len(saved) + 2)
         dweight: Tensor | None
-        dgrad, dquery, dsupport, dscale, dweight = double_backward(*given, *saved, *ctx.options)
+        dgrad, dquery, dsupport, dscale, dweight = double_backward(
+            *given, *saved[:-1], *ctx.options
+        )
         dweight = None if weight is None else _sum_shared(dweight, weight)
         dscale = _sum_shared(dscale, scale)
-        return dgrad, dquery, dsupport, *(None for _ in ints), dscale, dweight, *(None,) * 4
+        return dgrad, dquery, dsupport, *(None for _ in ints), dscale, dweight, *(None,) * 5
 
     return backward
 
@@ -288,30 +297,29 @@ def _differentiate(double_backward: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, support, labels, scale, weight, num_classes, similarity = inputs
-    logp, lse = output
-    ctx.mark_non_differentiable(lse)
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, support, labels, scale, weight, num_classes, similarity, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, support, labels, scale, weight, logp, lse)
+    ctx.save_for_backward(query, support, labels, scale, weight, *output)
     ctx.options = (num_classes, similarity)
 
 
-def _attention_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _attention_grads(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 7
-    query, support, labels, scale, weight, logp, lse = ctx.saved_tensors
+        return (None,) * 8
+    query, support, labels, scale, weight, *results = ctx.saved_tensors
     dq, ds, dscale, dweight = _attention_backward(
-        grad, query, support, labels, scale, weight, logp, lse, *ctx.options
+        grad, query, support, labels, scale, weight, *results, *ctx.options
     )
     dweight = None if weight is None else _sum_shared(dweight, weight)
-    return dq, ds, None, _sum_shared(dscale, scale), dweight, None, None
+    return dq, ds, None, _sum_shared(dscale, scale), dweight, None, None, None
 
 
 def _fake_double_backward(*args: Any) -> tuple[Tensor, ...]:
     grad, query, support = args[4:7]
     acc, tasks = acc_dtype(query.dtype), query.shape[0]
-    width = 0 if _weight_of(args) is None else query.shape[2]
+    width = 0 if args[-5] is None else query.shape[2]  # of weight, out, lse, C, similarity
     return (
         grad.new_empty(grad.shape),
         query.new_empty(query.shape),
@@ -335,9 +343,9 @@ _attention_double_backward: Op = define_op(
 
 _attention_backward: Op = define_op(
     "matching_attention_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
-    "Tensor scale, Tensor? weight, Tensor logp, Tensor lse, SymInt num_classes, str similarity) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    reference=lambda *a: reference.attention_backward(*a[:6], *a[8:]),
+    "Tensor scale, Tensor? weight, Tensor logp, Tensor lse, Tensor scores, SymInt num_classes, "
+    "str similarity) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.attention_backward(*a[:6], *a[9:]),
     fake=_fake_backward,
     setup_context=_setup_backward,
     backward=_backward_grads(_attention_double_backward),
@@ -346,41 +354,45 @@ _attention_backward: Op = define_op(
 
 _attention: Op = define_op(
     "matching_attention(Tensor query, Tensor support, Tensor labels, Tensor scale, Tensor? weight, "
-    "SymInt num_classes, str similarity) -> (Tensor, Tensor)",
-    reference=reference.attention,
+    "SymInt num_classes, str similarity, bool keep_scores=False) -> (Tensor, Tensor, Tensor)",
+    reference=lambda *a: _no_scores(*reference.attention(*a[:7])),
     fake=_fake,
     setup_context=_attention_setup,
     backward=_attention_grads,
     vmap=fold_tasks(lambda *a: _attention(*a)),
+    eager_options=(True,),
 )
 
 
 # --- matching_nll ---------------------------------------------------------------------------------
 
 
-def _fake_nll(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
-    acc = acc_dtype(query.dtype)
-    return query.new_empty(query.shape[:2], dtype=acc), query.new_empty(query.shape[:2], dtype=acc)
+def _fake_nll(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    acc, (tasks, queries, _) = acc_dtype(query.dtype), query.shape
+    return (
+        query.new_empty((tasks, queries), dtype=acc),
+        query.new_empty((tasks, queries), dtype=acc),
+        query.new_empty((tasks, 0), dtype=acc),
+    )
 
 
-def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, num_classes, similarity = inputs
-    losses, lse = output
-    ctx.mark_non_differentiable(lse)
+def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, support, labels, targets, scale, weight, num_classes, similarity, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, losses, lse)
+    ctx.save_for_backward(query, support, labels, targets, scale, weight, *output)
     ctx.options = (num_classes, similarity)
 
 
-def _nll_grads(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _nll_grads(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 8
-    query, support, labels, targets, scale, weight, losses, lse = ctx.saved_tensors
+        return (None,) * 9
+    query, support, labels, targets, scale, weight, *results = ctx.saved_tensors
     dq, ds, dscale, dweight = _nll_backward(
-        grad, query, support, labels, targets, scale, weight, losses, lse, *ctx.options
+        grad, query, support, labels, targets, scale, weight, *results, *ctx.options
     )
     dweight = None if weight is None else _sum_shared(dweight, weight)
-    return dq, ds, None, None, _sum_shared(dscale, scale), dweight, None, None
+    return dq, ds, None, None, _sum_shared(dscale, scale), dweight, None, None, None
 
 
 _nll_double_backward: Op = define_op(
@@ -397,10 +409,9 @@ _nll_double_backward: Op = define_op(
 
 _nll_backward: Op = define_op(
     "matching_nll_backward(Tensor grad, Tensor query, Tensor support, Tensor labels, "
-    "Tensor targets, Tensor scale, Tensor? weight, Tensor nll, Tensor lse, SymInt num_classes, "
-    "str similarity) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    reference=lambda *a: reference.nll_backward(*a[:7], *a[9:]),
+    "Tensor targets, Tensor scale, Tensor? weight, Tensor nll, Tensor lse, Tensor scores, "
+    "SymInt num_classes, str similarity) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=lambda *a: reference.nll_backward(*a[:7], *a[10:]),
     fake=_fake_backward,
     setup_context=_setup_backward,
     backward=_backward_grads(_nll_double_backward),
@@ -409,10 +420,12 @@ _nll_backward: Op = define_op(
 
 _nll: Op = define_op(
     "matching_nll(Tensor query, Tensor support, Tensor labels, Tensor targets, Tensor scale, "
-    "Tensor? weight, SymInt num_classes, str similarity) -> (Tensor, Tensor)",
-    reference=reference.nll,
+    "Tensor? weight, SymInt num_classes, str similarity, bool keep_scores=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=lambda *a: _no_scores(*reference.nll(*a[:8])),
     fake=_fake_nll,
     setup_context=_nll_setup,
     backward=_nll_grads,
     vmap=fold_tasks(lambda *a: _nll(*a)),
+    eager_options=(True,),
 )

@@ -135,9 +135,9 @@ def test_opcheck(similarity, requires_grad):
         args = (q, support, labels, scale, weight, 4, similarity)
         torch.library.opcheck(torch.ops.fastmeta.matching_attention.default, args)
         with torch.no_grad():
-            logp, lse = torch.ops.fastmeta.matching_attention(*args)
+            logp, lse, scores = torch.ops.fastmeta.matching_attention(*args)
             grad = torch.randn_like(logp)
-        back = (grad, *args[:5], logp, lse, 4, similarity)
+        back = (grad, *args[:5], logp, lse, scores, 4, similarity)
         torch.library.opcheck(torch.ops.fastmeta.matching_attention_backward.default, back)
 
 

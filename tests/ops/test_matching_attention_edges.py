@@ -292,7 +292,7 @@ def test_raw_op_is_safe_with_wild_labels():
     wild = labels.clone()
     wild[0, ::3], wild[1, ::4] = 10**12, -7
     args = (scale.reshape(1), None, 4, "dot")
-    logp, lse = torch.ops.fastmeta.matching_attention(query, support, wild, *args)
+    logp, lse, _ = torch.ops.fastmeta.matching_attention(query, support, wild, *args)
     padded = torch.where((wild < 0) | (wild >= 4), -100, wild)
     expected = torch.ops.fastmeta.matching_attention(query, support, padded, *args)
     assert torch.equal(logp, expected[0])

@@ -185,12 +185,12 @@ def test_opcheck(similarity, fused):
     name = "matching_nll" if fused else "matching_attention"
     scale, weight = scale.reshape(1), None if weight is None else weight.reshape(1, -1)
     with torch.no_grad():
-        out, lse = getattr(torch.ops.fastmeta, name)(
+        out, lse, scores = getattr(torch.ops.fastmeta, name)(
             query, support, *ints, scale, weight, 4, similarity
         )
         grad = torch.randn_like(out)
         given = getattr(torch.ops.fastmeta, f"{name}_backward")(
-            grad, query, support, *ints, scale, weight, out, lse, 4, similarity
+            grad, query, support, *ints, scale, weight, out, lse, scores, 4, similarity
         )
     cotangents = [torch.randn_like(g) for g in given]
     cotangents[2] = None

@@ -15,6 +15,7 @@ from opcases import (
 )
 
 import fastmeta as fm
+from fastmeta import _native
 
 SIMILARITIES = ("dot", "cosine", "sqeuclidean", "euclidean")
 CASES = [
@@ -22,6 +23,8 @@ CASES = [
     Case("deep_for_queries", 1, 5, 300, 33, 4, absent=(1,)),
     Case("deep_for_supports", 1, 300, 7, 21, 3),
     Case("ragged", 9, 17, 50, 20, 6, padded=0.5),
+    Case("kept_in_chunks", 1, 40, 800, 120, 4),
+    Case("kept_ragged", 9, 17, 50, 60, 6, padded=0.5),
     Case("at_the_bound", 1, 32, 1024, 6, 5),
     Case("above_the_bound", 1, 32, 1032, 6, 5),
 ]
@@ -95,3 +98,77 @@ def test_a_task_alone_is_bit_equal_to_the_task_in_a_batch(similarity, dim):
                 torch.set_num_threads(before)
             for one, all_ in zip(alone, batch, strict=True):
                 assert_same(one[0], all_[t])
+
+
+def forward_and_back(case, similarity, fused, keep, forward_isa, back_isa):
+    """Result, similarities kept and gradients, by the raw ops."""
+    query, support, labels, targets, scale, _ = case.make(torch.float32, similarity=similarity)
+    ops = torch.ops.fastmeta
+    op, back = (
+        (ops.matching_nll, ops.matching_nll_backward)
+        if fused
+        else (ops.matching_attention, ops.matching_attention_backward)
+    )
+    tensors = (
+        query,
+        support,
+        labels,
+        *([targets] if fused else []),
+        scale.reshape(1).float(),
+        None,
+    )
+    with use_isa(forward_isa):
+        out, lse, scores = op(*tensors, case.classes, similarity, keep)
+    grad = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+    saved = (out, lse, scores)
+    with use_isa(back_isa):
+        grads = [back(grad, *tensors, *saved, case.classes, similarity) for _ in range(2)]
+    return out, scores, *(g[:3] for g in grads)  # no weight
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 5)], ids=lambda c: c.name)
+def test_kept_similarities_change_nothing(case, similarity, fused):
+    for forward_isa in isas():
+        for back_isa in isas():
+            args = (case, similarity, fused)
+            out, scores, grads, again = forward_and_back(*args, True, forward_isa, back_isa)
+            if _native.cpu_module is not None:
+                assert scores.shape[1] >= case.supports * case.queries
+            wanted, none, recomputed, _ = forward_and_back(*args, False, forward_isa, back_isa)
+            assert none.shape == (case.tasks, 0)
+            assert_same(out, wanted)
+            for value, second, expected in zip(grads, again, recomputed, strict=True):
+                assert_same(value, second)
+                # Under cosine the norms are summed in another order.
+                if forward_isa == back_isa and similarity != "cosine":
+                    assert_same(value, expected)
+                else:
+                    assert error(value, expected) <= 1e-5 * max(1, expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case("more_than_half_of_the_inputs", 2, 20, 30, 16, 4), torch.float32),
+        (Case("more_than_the_cache", 1, 300, 300, 1024, 4), torch.float32),
+        (Case("half", 2, 5, 6, 64, 3), torch.bfloat16),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_other_tasks_keep_no_similarities(case, dtype):
+    query, support, labels, _, scale, _ = case.make(dtype, similarity="dot")
+    args = (query, support, labels, scale.reshape(1).float(), None, case.classes, "dot", True)
+    assert torch.ops.fastmeta.matching_attention(*args)[2].shape == (case.tasks, 0)
+
+
+@pytest.mark.skipif(_native.cpu_module is None, reason="the reference keeps no similarities")
+def test_similarities_of_another_task_are_refused():
+    query, support, labels, _, scale, _ = CASES[0].make(torch.float32, similarity="dot")
+    args = (query, support, labels, scale.reshape(1).float(), None)
+    out, lse, scores = torch.ops.fastmeta.matching_attention(*args, 5, "dot", True)
+    with pytest.raises(RuntimeError, match="scores"):
+        torch.ops.fastmeta.matching_attention_backward(
+            out, *args, out, lse, scores[:, 1:], 5, "dot"
+        )

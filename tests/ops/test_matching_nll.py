@@ -126,8 +126,8 @@ def test_opcheck(similarity):
     args = (query, support, labels, targets, scale, weight, 4, similarity)
     torch.library.opcheck(torch.ops.fastmeta.matching_nll.default, args)
     with torch.no_grad():
-        losses, lse = torch.ops.fastmeta.matching_nll(*args)
-    back = (torch.randn_like(losses), *args[:6], losses, lse, 4, similarity)
+        losses, lse, scores = torch.ops.fastmeta.matching_nll(*args)
+    back = (torch.randn_like(losses), *args[:6], losses, lse, scores, 4, similarity)
     torch.library.opcheck(torch.ops.fastmeta.matching_nll_backward.default, back)
 
 
