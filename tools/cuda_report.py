@@ -48,6 +48,8 @@ LIMITS = {
 }
 ARCHITECTURES = tuple(LIMITS)
 TENSOR_CORES = 80  # the first with bfloat16 and TF32 on them
+# The front end runs once for several, as in setup.py.
+VIRTUAL = {75: (75,), 80: (80, 86, 89, 90), 100: (100, 120)}
 MAX_THREADS, MAX_GRID = 1024, 2**31 - 1  # of a block, and of a grid in its first dimension
 
 
@@ -181,7 +183,10 @@ class Kernel:
 
 def compile_source(nvcc: str, source: Path, threads: int) -> list[Kernel]:
     """Compile ``source`` for all architectures; SystemExit with nvcc's output on an error."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    codes = [
+        f"-gencode=arch=compute_{virtual},code=[{','.join(f'sm_{a}' for a in real)}]"
+        for virtual, real in VIRTUAL.items()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", *codes]
         command += [f"--threads={threads}", "-Werror=all-warnings", "-c", str(source)]

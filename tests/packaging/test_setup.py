@@ -146,6 +146,15 @@ def test_architectures_of_the_visible_gpus(setup, clean, toolkit, visible, expec
     assert setup.arch_list(toolkit) == expected
 
 
+def test_one_front_end_pass_serves_several_architectures(setup):
+    assert setup.gencode_flags("7.5 8.0;9.0;12.0+PTX") == [
+        "-gencode=arch=compute_75,code=[sm_75]",
+        "-gencode=arch=compute_80,code=[sm_80,sm_90]",
+        "-gencode=arch=compute_100,code=[sm_120,compute_100]",
+    ]
+    assert setup.gencode_flags("Ampere;9.0") == []  # names are torch's to read
+
+
 def test_kernels_are_compiled_with_the_jobs_and_flags_asked_for(setup, clean, tmp_path):
     log = tmp_path / "ninja.log"
     script(tmp_path, "ninja", f'echo "$@" > {log}')
