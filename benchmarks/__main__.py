@@ -10,6 +10,7 @@ OTHERS = ("maml_memory",)
 NAMES = (
     "matching_attention",
     "matching_nll",
+    "matching_double_backward",
     "segment_mean",
     "sgd_update",
     "momentum_update",

@@ -20,7 +20,8 @@ class Work:
     """A workload: T tasks, C classes, S supports, Q queries, D features.
 
     ``ragged`` draws the number of supports of each task from S/5 to S; ``backward`` asks for the
-    gradients to query, support, scale (and weight) as well.
+    gradients to query, support, scale (and weight) as well; ``second`` also for those of their
+    product with the inputs.
     """
 
     name: str
@@ -32,13 +33,16 @@ class Work:
     similarity: str = "dot"
     ragged: bool = False
     backward: bool = True
+    second: bool = False
 
     @property
     def title(self) -> str:
         """What tables call it."""
         shape = f"T={self.T} C={self.C} S={self.S:,} Q={self.Q} D={self.D}"
         kind = self.similarity + (", ragged" if self.ragged else "")
-        return f"{self.name} {kind}, {'forward+backward' if self.backward else 'forward'} ({shape})"
+        passes = "forward+backward" if self.backward else "forward"
+        passes += "+double backward" if self.second else ""
+        return f"{self.name} {kind}, {passes} ({shape})"
 
 
 A1 = Work("A1", 32, 5, 5, 75, 64)
@@ -260,7 +264,7 @@ def masked_logsumexp(work: Work, x: Tensors) -> Tensor:
     return (z.logsumexp(-1) - z.masked_fill(~same, float("-inf")).logsumexp(-1)).mean()
 
 
-def torch_step(x: Tensors, backward: bool, output: Callable[[], Tensor]) -> Step:
+def torch_step(x: Tensors, work: Work, output: Callable[[], Tensor]) -> Step:
     def forward() -> list[Tensor]:
         with torch.no_grad():
             return [output()]
@@ -270,12 +274,25 @@ def torch_step(x: Tensors, backward: bool, output: Callable[[], Tensor]) -> Step
         cotangent = x.cotangent if value.dim() else None
         return [value.detach(), *torch.autograd.grad(value, x.wrt, cotangent)]
 
-    return both if backward else forward
+    def three() -> list[Tensor]:
+        value = output()
+        cotangent = x.cotangent if value.dim() else None
+        grads = torch.autograd.grad(value, x.wrt, cotangent, create_graph=True)
+        along = [tensor.detach() for tensor in x.wrt]
+        second = torch.autograd.grad(grads, x.wrt, along)
+        return [value.detach(), *(g.detach() for g in grads), *second]
+
+    if work.second:
+        return three
+    return both if work.backward else forward
 
 
 def truth(work: Work, inputs: Inputs, output: str) -> list[np.ndarray]:
     """Outputs and gradients in float64, from the definition, in blocks of queries."""
     x = tensors(work, inputs, "float64", "cpu")
+    if work.second:
+        step = torch_step(x, work, lambda: head(output, x, scatter(work, x)))
+        return [tensor.numpy() for tensor in step()]
     block = work.Q if work.S < 10_000 else 32
     values: list[Tensor] = []
     grads: list[Tensor] | None = None

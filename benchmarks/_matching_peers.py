@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +27,8 @@ def contestants(
         def build(dtype: str) -> Step:
             x = m.tensors(work, inputs, dtype, options.device)
             if fused:
-                return m.torch_step(x, work.backward, lambda: function(work, x))
-            return m.torch_step(x, work.backward, lambda: m.head(output, x, function(work, x)))
+                return m.torch_step(x, work, lambda: function(work, x))
+            return m.torch_step(x, work, lambda: m.head(output, x, function(work, x)))
 
         return build
 
@@ -44,9 +44,7 @@ def contestants(
                 return function(work, y) if fused else m.head(output, y, function(work, y))
 
             compiled = torch.compile(source, fullgraph=True, dynamic=False)
-            return m.torch_step(
-                x, work.backward, lambda: compiled(x.query, x.support, x.scale, x.weight)
-            )
+            return m.torch_step(x, work, lambda: compiled(x.query, x.support, x.scale, x.weight))
 
         return build
 
@@ -66,7 +64,7 @@ def contestants(
             call = lambda: fm.matching_attention(  # noqa: E731
                 x.query, x.support, x.labels, work.C, output=output, **kw
             )
-        return m.torch_step(x, work.backward, call)
+        return m.torch_step(x, work, call)
 
     dense = work.T * work.S * max(work.Q, work.C) < 5e8  # one-hot labels or weights fit in memory
     inner = work.similarity in ("dot", "cosine", "sqeuclidean")
@@ -148,6 +146,15 @@ def by_jit(
         grads = pullback(cotangent if out.ndim else jnp.ones_like(out))[0]
         return [out, *(g for g in grads if g is not None)]
 
+    def three(leaves: Any, labels: Any, targets: Any, mask: Any, cotangent: Any) -> Any:
+        def along(leaves: Any, directions: Any) -> Any:
+            first = both(leaves, labels, targets, mask, cotangent)
+            pairs = zip(first[1:], (d for d in directions if d is not None), strict=True)
+            return sum(jnp.vdot(g, d) for g, d in pairs), first
+
+        second, first = jax.grad(along, has_aux=True)(leaves, leaves)
+        return [*first, *(g for g in second if g is not None)]
+
     with double(jax, dtype):
         kind = getattr(jnp, dtype)
         leaves = tuple(
@@ -161,7 +168,7 @@ def by_jit(
         )
         cotangent = jnp.asarray(inputs.cotangent, kind)
     if work.backward:
-        return jax_step(jax, dtype, both, leaves, *rest, cotangent)
+        return jax_step(jax, dtype, three if work.second else both, leaves, *rest, cotangent)
     return jax_step(jax, dtype, value, leaves, *rest)
 
 
@@ -188,7 +195,7 @@ def keops_step(
             z = lazy((q * x.scale).unsqueeze(2)) | lazy(s.unsqueeze(1))
         return m.head(output, x, z.sumsoftmaxweight(values, dim=2))
 
-    return m.torch_step(x, work.backward, step)
+    return m.torch_step(x, work, step)
 
 
 def easyfsl_step(
@@ -221,22 +228,27 @@ def easyfsl_step(
             return logp
         return F.nll_loss(logp.flatten(0, 1), x.targets.flatten())
 
-    return m.torch_step(x, work.backward, step)
+    return m.torch_step(x, work, step)
 
 
-def cases(options: argparse.Namespace, output: str) -> Iterator[Case]:
+def cases(
+    options: argparse.Namespace, output: str, works: Iterable[Work] | None = None
+) -> Iterator[Case]:
     """One case a workload and direction."""
     size = torch.empty(0, dtype=getattr(torch, options.dtype)).element_size()
-    for work in m.works(options):
+    for work in m.works(options) if works is None else works:
         inputs = m.draw(work, options.dtype)
         supports = work.T * work.S if inputs.lengths is None else int(inputs.lengths.sum())
-        passes = 3 if work.backward else 1  # scores; then the gradients of query and of support
+        # Products: scores; the gradients of query and support; the scores' derivative along two
+        # directions; and from two sets of coefficients, two gradients each.
+        passes = 9 if work.second else 3 if work.backward else 1
         result = work.T * work.Q * (1 if output == "nll" else work.C)
         floats = work.T * work.Q * work.D + supports * work.D
+        moved = floats * (1 + work.backward + work.second) + result
         yield Case(
             name=work.title,
             contestants=list(contestants(work, inputs, output, options)),
             truth=lambda work=work, inputs=inputs: m.truth(work, inputs, output),  # type: ignore[misc]
             flops=passes * 2.0 * supports * work.Q * work.D,
-            traffic=size * (floats * (2 if work.backward else 1) + result) + 8.0 * supports,
+            traffic=size * moved + 8.0 * supports,
         )
