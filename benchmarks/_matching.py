@@ -21,7 +21,7 @@ class Work:
 
     ``ragged`` draws the number of supports of each task from S/5 to S; ``backward`` asks for the
     gradients to query, support, scale (and weight) as well; ``second`` also for those of their
-    product with the inputs.
+    product with fixed directions.
     """
 
     name: str
@@ -100,6 +100,7 @@ class Inputs:
     weight: np.ndarray | None
     scale: float
     cotangent: np.ndarray
+    along: list[np.ndarray]  # directions in query, support, scale (and weight)
 
 
 def draw(work: Work, dtype: str) -> Inputs:
@@ -135,6 +136,15 @@ def draw(work: Work, dtype: str) -> Inputs:
         weight=normal(work.D) * root if work.similarity == "additive" else None,
         scale=scale[work.similarity],
         cotangent=normal(work.T, work.Q, work.C),
+        along=[
+            normal(*shape)
+            for shape in [
+                (work.T, work.Q, work.D),
+                (work.T, work.S, work.D),
+                (),
+                *([(work.D,)] if work.similarity == "additive" else []),
+            ]
+        ],
     )
 
 
@@ -154,6 +164,7 @@ class Tensors:
     weight: Tensor | None
     scale: Tensor
     cotangent: Tensor
+    along: list[Tensor]
 
     @property
     def wrt(self) -> list[Tensor]:
@@ -180,6 +191,7 @@ def tensors(work: Work, inputs: Inputs, dtype: str, device: str) -> Tensors:
         make(inputs.weight),
         make(inputs.scale),
         make(inputs.cotangent).detach(),
+        [make(direction).detach() for direction in inputs.along],
     )
 
 
@@ -278,8 +290,7 @@ def torch_step(x: Tensors, work: Work, output: Callable[[], Tensor]) -> Step:
         value = output()
         cotangent = x.cotangent if value.dim() else None
         grads = torch.autograd.grad(value, x.wrt, cotangent, create_graph=True)
-        along = [tensor.detach() for tensor in x.wrt]
-        second = torch.autograd.grad(grads, x.wrt, along)
+        second = torch.autograd.grad(grads, x.wrt, x.along)
         return [value.detach(), *(g.detach() for g in grads), *second]
 
     if work.second:

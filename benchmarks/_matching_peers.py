@@ -146,13 +146,15 @@ def by_jit(
         grads = pullback(cotangent if out.ndim else jnp.ones_like(out))[0]
         return [out, *(g for g in grads if g is not None)]
 
-    def three(leaves: Any, labels: Any, targets: Any, mask: Any, cotangent: Any) -> Any:
+    def three(
+        leaves: Any, labels: Any, targets: Any, mask: Any, cotangent: Any, directions: Any
+    ) -> Any:
         def along(leaves: Any, directions: Any) -> Any:
             first = both(leaves, labels, targets, mask, cotangent)
-            pairs = zip(first[1:], (d for d in directions if d is not None), strict=True)
+            pairs = zip(first[1:], directions, strict=True)
             return sum(jnp.vdot(g, d) for g, d in pairs), first
 
-        second, first = jax.grad(along, has_aux=True)(leaves, leaves)
+        second, first = jax.grad(along, has_aux=True)(leaves, directions)
         return [*first, *(g for g in second if g is not None)]
 
     with double(jax, dtype):
@@ -167,8 +169,11 @@ def by_jit(
             None if inputs.mask is None else jnp.asarray(inputs.mask),
         )
         cotangent = jnp.asarray(inputs.cotangent, kind)
+        directions = [jnp.asarray(direction, kind) for direction in inputs.along]
+    if work.second:
+        return jax_step(jax, dtype, three, leaves, *rest, cotangent, directions)
     if work.backward:
-        return jax_step(jax, dtype, three if work.second else both, leaves, *rest, cotangent)
+        return jax_step(jax, dtype, both, leaves, *rest, cotangent)
     return jax_step(jax, dtype, value, leaves, *rest)
 
 

@@ -1,7 +1,7 @@
 """Second derivatives of matching attention, as a gradient penalty or MAML over it asks for.
 
 Each contestant computes the log-probabilities, their gradients, and the gradients of the inner
-product of those with the inputs.
+product of those with fixed directions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks import _harness, _matching, _matching_peers
 
 
 def cases(options: argparse.Namespace) -> Iterator[_harness.Case]:
-    """The workloads that plain PyTorch has the room and the derivatives for (its cdist has none)."""
+    """Workloads that plain PyTorch has the room and the derivatives for (its cdist has none)."""
     works = [
         replace(work, second=True)
         for work in _matching.works(options)
