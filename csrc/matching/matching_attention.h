@@ -69,22 +69,25 @@ struct Problem {
   bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
 };
 
-// CPU: tasks whose slopes dL/dz the backward holds, because they fit the second-level cache: float
-// and double, at most kSlopeBytes of them. kept_lanes: queries, up to the widest vector.
+// CPU: tasks whose slopes dL/dz, or similarities, fit the second-level cache: float and double, at
+// most kSlopeBytes of them. kept_lanes: queries, up to the widest vector.
 constexpr int64_t kSlopeBytes = int64_t{256} << 10;
 constexpr int64_t kSlopeRows = 1024;  // supports or queries at most
 inline int64_t kept_lanes(const Problem& p) { return (p.num_queries + 15) / 16 * 16; }
-inline bool keeps_slopes(const Problem& p) {
+inline bool is_few_shot(const Problem& p) {
   const int64_t lanes = kept_lanes(p), size = p.dtype == DType::kFloat64 ? 8 : 4;
-  return (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
-         p.similarity != Similarity::kAdditive && p.num_supports > 0 &&
+  return (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) && p.num_supports > 0 &&
          p.num_supports <= kSlopeRows && lanes <= kSlopeRows &&
          lanes * p.num_supports * size <= kSlopeBytes;
 }
-// And of these, tasks whose similarities the forward hands to the backward, where one follows:
-// those take at most half of the memory that query and support take.
+// Of these the backward holds the slopes of a whole task, where gradients are products with them;
+inline bool keeps_slopes(const Problem& p) {
+  return p.similarity != Similarity::kAdditive && is_few_shot(p);
+}
+// and the forward hands the similarities to the backward, where one follows, if they take at most
+// half of the memory that query and support take.
 inline bool keeps_scores(const Problem& p) {
-  return keeps_slopes(p) &&
+  return is_few_shot(p) &&
          2 * kept_lanes(p) * p.num_supports <= (p.num_queries + p.num_supports) * p.dim;
 }
 

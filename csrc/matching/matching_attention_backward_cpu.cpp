@@ -279,9 +279,15 @@ struct Job {
     }
   }
 
-  // Similarities of `count` panels from x on with supports [slot, slot + n), a few at a time that
-  // stay in the L1 cache, to where their slopes will be.
-  void score(const GradientPanel<A>* x, int64_t count, int64_t n, int64_t slot) {
+  // Similarities of `count` panels from x on with supports [at, at + n), a few at a time that stay
+  // in the L1 cache, to where their slopes will be.
+  void score(const GradientPanel<A>* x, int64_t count, int64_t at, int64_t n, int64_t slot) {
+    for (int64_t i = 0; i < count && args.scores != nullptr; ++i) {
+      with_vectors(x[i].vectors, [&](auto nv) {
+        load_scores<A, decltype(nv)::value>(args, t, at, n, x[i].query, slopes_of(x, i, n));
+      });
+    }
+    if (args.scores != nullptr) return;
     for (int64_t r = 0; r < n; r += kScoreRows) {
       const int64_t m = min_of(kScoreRows, n - r);
       const A* const* supports = block.rows + slot + r;
@@ -312,7 +318,7 @@ struct Job {
     A* const* to = grad_support_rows + slot;
     const A factor = task.scale * Const<A>::kLog2e;
     double scale_sum = 0;
-    score(x, count, n, slot);
+    score(x, count, at, n, slot);
     for (int64_t i = 0; i < count; ++i) {
       const int width = x[i].vectors * kW;
       A* tile = slopes_of(x, i, n);

@@ -21,6 +21,21 @@ static int64_t gradient_chunks(const Problem& p, bool split_queries, int64_t pan
   return max_of<int64_t>(1, min_of(min_of(jobs_per_task(p), larger), fit));
 }
 
+// What the forward kept of task t: similarities of sorted supports [at, at + n) with a panel of NV
+// vectors that begins at query `begin`.
+template <class A, int NV>
+static void load_scores(const Backward& args, int64_t t, int64_t at, int64_t n, int64_t begin,
+                        A* tile) {
+  constexpr int kW = kWidth<A>;
+  const Problem& p = args.problem;
+  const int64_t lanes = kept_lanes(p);
+  const A* from = static_cast<const A*>(args.scores) + (t * p.num_supports + at) * lanes + begin;
+  for (int64_t r = 0; r < n; ++r) {
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) store(tile + (r * NV + v) * kW, load(from + r * lanes + v * kW));
+  }
+}
+
 // Adds up the partials [T, chunks, Q or S, D] of one row of all tasks, in the order of the chunks.
 // split_queries: the rows are supports, and padding gets zero.
 template <class S>

@@ -170,7 +170,7 @@ struct KeptBackward {
         const Finish<A> finish{p.similarity, x.terms + at,
                                needs_norms(p.similarity) ? panel.terms : nullptr, A(1)};
         if (args.scores != nullptr) {
-          load_scores<kNV>(t, at, n, begin, tile + at * width);
+          load_scores<A, kNV>(args, t, at, n, begin, tile + at * width);
         } else if (by_rows) {
           score_rows<A, kNV>(x.support + at, n, x.query + begin, count, p.dim, finish,
                              tile + at * width);
@@ -256,18 +256,6 @@ struct KeptBackward {
   }
 
  private:
-  // Similarities of sorted supports [at, at + n) and a panel that begins at query `begin`.
-  template <int NV>
-  void load_scores(int64_t t, int64_t at, int64_t n, int64_t begin, A* tile) const {
-    const int64_t lanes = kept_lanes(p);
-    const A* from = static_cast<const A*>(args.scores) + (t * p.num_supports + at) * lanes + begin;
-    for (int64_t r = 0; r < n; ++r) {
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        store(tile + (r * NV + v) * kW, load(from + r * lanes + v * kW));
-      }
-    }
-  }
   A* slopes_of(const KeptTask<A>& x, int64_t i) const {
     return x.slopes + panels.begin(i) * p.num_supports;
   }

@@ -102,32 +102,27 @@ def test_a_task_alone_is_bit_equal_to_the_task_in_a_batch(similarity, dim):
 
 def forward_and_back(case, similarity, fused, keep, forward_isa, back_isa):
     """Result, similarities kept and gradients, by the raw ops."""
-    query, support, labels, targets, scale, _ = case.make(torch.float32, similarity=similarity)
+    query, support, labels, targets, scale, weight = case.make(torch.float32, similarity=similarity)
     ops = torch.ops.fastmeta
     op, back = (
         (ops.matching_nll, ops.matching_nll_backward)
         if fused
         else (ops.matching_attention, ops.matching_attention_backward)
     )
-    tensors = (
-        query,
-        support,
-        labels,
-        *([targets] if fused else []),
-        scale.reshape(1).float(),
-        None,
-    )
+    weight = None if weight is None else weight.reshape(1, -1).float()
+    ints = [labels, targets] if fused else [labels]
+    tensors = (query, support, *ints, scale.reshape(1).float(), weight)
     with use_isa(forward_isa):
         out, lse, scores = op(*tensors, case.classes, similarity, keep)
     grad = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
     saved = (out, lse, scores)
     with use_isa(back_isa):
         grads = [back(grad, *tensors, *saved, case.classes, similarity) for _ in range(2)]
-    return out, scores, *(g[:3] for g in grads)  # no weight
+    return out, scores, *(g[:3] if weight is None else g for g in grads)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["attention", "nll"])
-@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("similarity", [*SIMILARITIES, "additive"])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 5)], ids=lambda c: c.name)
 def test_kept_similarities_change_nothing(case, similarity, fused):
     for forward_isa in isas():
@@ -145,7 +140,7 @@ def test_kept_similarities_change_nothing(case, similarity, fused):
                 if forward_isa == back_isa and similarity != "cosine":
                     assert_same(value, expected)
                 else:
-                    assert error(value, expected) <= 1e-5 * max(1, expected.abs().max().item())
+                    assert error(value, expected) <= 1e-4 * max(1, expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
