@@ -141,7 +141,7 @@ void run(const Operands& /*ops*/, const DoubleBackward& args) {
 #endif
 
 // How many similarities of a task the forward leaves for the backward.
-int64_t scores_size(const Problem& p) {
+int64_t scores_size([[maybe_unused]] const Problem& p) {
 #if defined(FASTMETA_CUDA)
   return 0;
 #else

@@ -167,3 +167,19 @@ def test_similarities_of_another_task_are_refused():
         torch.ops.fastmeta.matching_attention_backward(
             out, *args, out, lse, scores[:, 1:], 5, "dot"
         )
+
+
+def test_batched_gradients_are_those_one_by_one():
+    query, support, labels, _, scale, _ = CASES[0].make(torch.float32, similarity="cosine")
+    query, support = leaves(query, support)
+    logp = fm.matching_attention(query, support, labels, 5, similarity="cosine", scale=scale)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = torch.randn(3, *logp.shape, generator=generator)
+    options = {"retain_graph": True}
+    batched = torch.autograd.grad(
+        logp, (query, support), cotangents, is_grads_batched=True, **options
+    )
+    for i, cotangent in enumerate(cotangents):
+        single = torch.autograd.grad(logp, (query, support), cotangent, **options)
+        for all_, one in zip(batched, single, strict=True):
+            assert_same(all_[i], one)
