@@ -90,9 +90,10 @@ test-cuda-emulation: build
 	$(call say, CUDA kernels run on the CPU, plain and under ASan+UBSan and TSan (half an hour))
 	@FASTMETA_BACKEND=native $(BIN)/python -m pytest -m 'not cuda' tests/cuda_emulation $(PYTEST_ARGS)
 
-test-cpp:
-	$(call say, GoogleTest tests of the kernels)
-	@cmake --preset release && cmake --build --preset release $(JOBS) && ctest --preset release
+test-cpp: build
+	$(call say, GoogleTest tests of the kernels as they were built)
+	@cmake --preset release -DFASTMETA_KERNEL_OBJECTS="$$(ls -td $(CURDIR)/build/temp.*/fastmeta._C/kernels | head -1)" \
+	  && cmake --build --preset release $(JOBS) && ctest --preset release
 
 test-sanitizers:
 	$(call say, GoogleTest tests under sanitizers)
