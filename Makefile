@@ -87,7 +87,7 @@ test-slow: build
 	@FASTMETA_BACKEND=native $(BIN)/python -m pytest -m 'slow and not cuda' $(PYTEST_ARGS)
 
 test-cuda-emulation: build
-	$(call say, CUDA kernels run on the CPU, plain and under ASan+UBSan and TSan (half an hour))
+	$(call say, CUDA kernels run on the CPU, plain and under ASan+UBSan and TSan (an hour))
 	@FASTMETA_BACKEND=native $(BIN)/python -m pytest -m 'not cuda' tests/cuda_emulation $(PYTEST_ARGS)
 
 test-cpp: build

@@ -257,6 +257,7 @@ def extensions():
     if home is not None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(home)
         defines = ["-DUSE_CUDA", "-DFASTMETA_CUDA"]
+        optimise = "-O0" if debug else "-O3"
         codes = gencode_flags(os.environ["TORCH_CUDA_ARCH_LIST"])
         modules.append(
             CUDAExtension(
@@ -265,10 +266,7 @@ def extensions():
                 include_dirs=include,
                 extra_compile_args={
                     "cxx": [*common, *defines],
-                    "nvcc": [
-                        *("-std=c++20", "-O0" if debug else "-O3", TORCH_TARGET),
-                        *(*defines, *codes),
-                    ],
+                    "nvcc": ["-std=c++20", optimise, TORCH_TARGET, *defines, *codes],
                 },
             )
         )

@@ -181,14 +181,26 @@ class Kernel:
         return ""
 
 
-def compile_source(nvcc: str, source: Path, threads: int) -> list[Kernel]:
-    """Compile ``source`` for all architectures; SystemExit with nvcc's output on an error."""
-    codes = [
+def gencode_flags() -> list[str]:
+    """Return nvcc's flags for all architectures."""
+    return [
         f"-gencode=arch=compute_{virtual},code=[{','.join(f'sm_{a}' for a in real)}]"
         for virtual, real in VIRTUAL.items()
     ]
+
+
+def compile_source(nvcc: str, source: Path, threads: int) -> list[Kernel]:
+    """Compile ``source`` for all architectures; SystemExit with nvcc's output on an error."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", *codes]
+        command = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            f"-I{ROOT / 'csrc'}",
+            "-Xptxas",
+            "-v",
+            *gencode_flags(),
+        ]
         command += [f"--threads={threads}", "-Werror=all-warnings", "-c", str(source)]
         command += ["-o", str(Path(folder) / "object.o")]
         done = subprocess.run(command, capture_output=True, text=True)

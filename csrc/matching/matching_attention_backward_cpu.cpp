@@ -1,11 +1,12 @@
 // Matching attention on the CPU, backward.
 //
-// Scores are computed again, a tile at a time, and turned into dL/dz on the spot: with the share w
-// of a support in its class, made from the scores of the whole class, and the amplitude G - P sum G
-// per (class, query lane), made beforehand, dL/dz = w * amplitude: one exponential per pair. The
-// slopes of a block of supports with some panels of queries are held in the L2 cache and multiplied
-// with both sides: rows of grad_query and of grad_support are added to once for all of them. The
-// parts along a vector itself (cosine, squared euclidean) are collected as one number per row.
+// Scores are computed again (small additive tasks: kept by the forward) and turned into dL/dz on
+// the spot: with the share w of a support in its class, made from the scores of the whole class,
+// and the amplitude G - P sum G per (class, query lane), made beforehand, dL/dz = w * amplitude:
+// one exponential per pair. The slopes of a block of supports with some panels of queries are held
+// in the L2 cache and multiplied with both sides: rows of grad_query and of grad_support are added
+// to once for all of them. The parts along a vector itself (cosine, squared euclidean) are
+// collected as one number per row.
 //
 // Classes too large for a block are measured by a pass before (matching_cpu_exact.h). Few-shot
 // tasks go another way (matching_cpu_kept.h).

@@ -10,7 +10,7 @@ namespace fastmeta::matching::FASTMETA_ISA {
 static thread_local Scratch backward_scratch;
 
 constexpr int64_t kHeldBytes = int64_t{128} << 10;  // slopes held together
-constexpr int64_t kScoreRows = 36;
+constexpr int64_t kScoreRows = 36;                  // supports scored at a time, in the L1 cache
 
 struct BackwardPlan {
   const Backward* args;
@@ -167,14 +167,8 @@ struct BackwardJob {
     x.grad = grad_query_rows + at;
     const S* query = task.query + x.query * dim;
     for (int l = 0; l < width; ++l) x.own[l] = 0;
+    take_rows(query, dim, x.count, query_copies + at * copy_stride<S>(dim), x.rows);
     for (int l = 0; l < x.count; ++l) {
-      if (copies_rows<S>(dim)) {
-        A* to = query_copies + (at + l) * copy_stride<S>(dim);
-        convert_row(query + l * dim, dim, to);
-        x.rows[l] = to;
-      } else if constexpr (!kIsHalf<S>) {
-        x.rows[l] = query + l * dim;
-      }
       if (!whole && !by_query) {
         x.grad[l] = partial + (x.query + l) * dim;
       } else if constexpr (kIsHalf<S>) {
@@ -184,7 +178,7 @@ struct BackwardJob {
       }
       if (begin == end) zero_row(x.grad[l], dim);
     }
-    if (by_rows) {
+    if (by_rows || args.scores != nullptr) {
       row_terms<A>(p, x.rows, x.count, width, x.terms);
     } else {
       pack_panel(p, query, x.count, width, x.packed, x.terms);
@@ -221,8 +215,7 @@ struct BackwardJob {
   void close_panel(const GradientPanel<A>& x) {
     for (int l = 0; l < x.count; ++l) {
       if (needs_norms(p.similarity) && begin < end) {
-        const A square = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
-        add_scaled(x.grad[l], -x.own[l] * square, x.rows[l], p.dim);
+        add_scaled(x.grad[l], x.own[l] * own_factor(p.similarity, x.terms[l]), x.rows[l], p.dim);
       }
       if constexpr (kIsHalf<S>) {
         S* out = static_cast<S*>(args.grad_query) + (t * p.num_queries + x.query + l) * p.dim;
@@ -251,9 +244,8 @@ struct BackwardJob {
   void close_block(int64_t at, int64_t n) {
     for (int64_t r = 0; r < n; ++r) {
       if (needs_norms(p.similarity)) {
-        const A square =
-            p.similarity == Similarity::kCosine ? block.terms[r] * block.terms[r] : A(1);
-        add_scaled(grad_support_rows[r], -hsum<A>(row_own[r]) * square, block.rows[r], p.dim);
+        const A factor = own_factor(p.similarity, block.terms[r]);
+        add_scaled(grad_support_rows[r], hsum<A>(row_own[r]) * factor, block.rows[r], p.dim);
       }
       if constexpr (kIsHalf<S>) {
         S* out = static_cast<S*>(args.grad_support) + (t * p.num_supports + order[at + r]) * p.dim;

@@ -193,7 +193,7 @@ struct KeptBackward {
     x.scale[i] = scale;
     if (!needs_norms(p.similarity)) return;
     for (int64_t r = 0; r < valid; ++r) x.own[i * p.num_supports + r] = hsum<A>(work.row_own[r]);
-    for (int l = 0; l < width; ++l) panel.own[l] *= own_factor(panel.terms[l]);
+    for (int l = 0; l < width; ++l) panel.own[l] *= own_factor(p.similarity, panel.terms[l]);
   }
 
   // Columns [begin, end) of the gradient of the queries.
@@ -227,7 +227,7 @@ struct KeptBackward {
     for (int64_t r = 0; norms && r < valid; ++r) {
       A sum = 0;
       for (int64_t i = 0; i < panels.count; ++i) sum += x.own[i * p.num_supports + r];
-      work.factors[r] = sum * own_factor(x.terms[r]);
+      work.factors[r] = sum * own_factor(p.similarity, x.terms[r]);
     }
     for (int64_t d = begin; d < end; d += step) {
       const int64_t d_end = min_of(end, d + step);
@@ -259,9 +259,6 @@ struct KeptBackward {
   A* slopes_of(const KeptTask<A>& x, int64_t i) const {
     return x.slopes + panels.begin(i) * p.num_supports;
   }
-  // Of a row's own vector, times what it receives.
-  A own_factor(A term) const { return p.similarity == Similarity::kCosine ? -term * term : A(-1); }
-
   // Rows, and the column that their first element is.
   struct Rows {
     const A* const* row;

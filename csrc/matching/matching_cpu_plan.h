@@ -138,6 +138,13 @@ static A norm_term(Similarity s, A squared) {
   return squared == A(0) ? A(0) : A(1) / sqrt_of(squared);
 }
 
+// Factor of a row's own vector in its gradient, times what the row receives along it; term is its
+// norm_term.
+template <class A>
+static A own_factor(Similarity s, A term) {
+  return s == Similarity::kCosine ? -term * term : A(-1);
+}
+
 // Packs a panel and, where the similarity wants them, the norm terms of its lanes.
 template <class S>
 static void pack_panel(const Problem& p, const S* query, int count, int lanes, Acc<S>* packed,
@@ -173,6 +180,19 @@ static bool copies_rows(int64_t dim) {
 template <class S>
 static int64_t copy_stride(int64_t dim) {
   return (dim + 15) / 16 * 16 + 16;
+}
+
+// `count` rows in accumulation type: in place, or as copies.
+template <class S>
+static void take_rows(const S* from, int64_t dim, int count, Acc<S>* copies, const Acc<S>** to) {
+  for (int l = 0; l < count; ++l) {
+    if (copies_rows<S>(dim)) {
+      to[l] = copies + l * copy_stride<S>(dim);
+      convert_row(from + l * dim, dim, copies + l * copy_stride<S>(dim));
+    } else if constexpr (!kIsHalf<S>) {
+      to[l] = from + l * dim;
+    }
+  }
 }
 
 // Rows order[0..count) of `rows` into the L2 cache: in class order they lie where no prefetcher of

@@ -164,18 +164,6 @@ struct SecondJob {
   }
 
   // ---- panels
-  // Rows of queries or their directions, in accumulation type.
-  static void take_rows(const S* from, int64_t dim, int count, A* copied, const A** to) {
-    for (int l = 0; l < count; ++l) {
-      if (copies_rows<S>(dim)) {
-        to[l] = copied + l * copy_stride<S>(dim);
-        convert_row(from + l * dim, dim, copied + l * copy_stride<S>(dim));
-      } else if constexpr (!kIsHalf<S>) {
-        to[l] = from + l * dim;
-      }
-    }
-  }
-
   void open_panel(int64_t i, int64_t g) {
     const int64_t classes = nll ? 2 : c1 - c0, dim = p.dim;
     const int64_t at = panels.begin(i) - panels.begin(g);
@@ -244,10 +232,10 @@ struct SecondJob {
   void close_panel(const SecondPanel<A>& x) {
     for (int l = 0; l < x.count; ++l) {
       if (needs_norms(p.similarity) && begin < end) {
-        const A square = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
-        add_scaled(x.grad[l], -x.own[l] * square, x.rows[l], p.dim);
+        const A factor = own_factor(p.similarity, x.terms[l]);
+        add_scaled(x.grad[l], x.own[l] * factor, x.rows[l], p.dim);
         if (query_dot != nullptr) {
-          add_scaled(x.grad[l], -x.own_dot[l] * square, x.rows_dot[l], p.dim);
+          add_scaled(x.grad[l], x.own_dot[l] * factor, x.rows_dot[l], p.dim);
         }
       }
       if constexpr (kIsHalf<S>) {
@@ -293,11 +281,10 @@ struct SecondJob {
   void close_block(int64_t at, int64_t n) {
     for (int64_t r = 0; r < n; ++r) {
       if (needs_norms(p.similarity)) {
-        const A square =
-            p.similarity == Similarity::kCosine ? block.terms[r] * block.terms[r] : A(1);
-        add_scaled(grad_support_rows[r], -hsum<A>(row_own[r]) * square, block.rows[r], p.dim);
+        const A factor = own_factor(p.similarity, block.terms[r]);
+        add_scaled(grad_support_rows[r], hsum<A>(row_own[r]) * factor, block.rows[r], p.dim);
         if (support_dot != nullptr) {
-          add_scaled(grad_support_rows[r], -hsum<A>(row_own_dot[r]) * square, block_dot.rows[r],
+          add_scaled(grad_support_rows[r], hsum<A>(row_own_dot[r]) * factor, block_dot.rows[r],
                      p.dim);
         }
       }

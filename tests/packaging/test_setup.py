@@ -155,6 +155,15 @@ def test_one_front_end_pass_serves_several_architectures(setup):
     assert setup.gencode_flags("Ampere;9.0") == []  # names are torch's to read
 
 
+def test_the_cuda_report_compiles_as_the_build_does(setup):
+    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
+    report = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = report  # for its dataclasses
+    spec.loader.exec_module(report)
+    archs = ";".join(f"{a // 10}.{a % 10}" for a in report.ARCHITECTURES)
+    assert setup.gencode_flags(archs) == report.gencode_flags()
+
+
 def test_kernels_are_compiled_with_the_jobs_and_flags_asked_for(setup, clean, tmp_path):
     log = tmp_path / "ninja.log"
     script(tmp_path, "ninja", f'echo "$@" > {log}')
