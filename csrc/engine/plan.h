@@ -48,13 +48,15 @@ class Plan {
  public:
   explicit Plan(const Adapt& args) : program(*args.program), nodes(program.nodes) {
     shapes = program.shapes;
-    bool vectors_only = true;  // is the input read by products alone, which take any stride?
+    // Images of few channels would grow by their padding: as they are where products alone read
+    // them, which take any stride.
+    bool as_it_is = program.shapes[0].pixels() > 1;
     for (const Node& n : nodes) {
       const bool product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
-      if ((n.input == 0 || n.input2 == 0) && !product) vectors_only = false;
+      if ((n.input == 0 || n.input2 == 0) && !product) as_it_is = false;
     }
     for (size_t v = 0; v < shapes.size(); ++v) {
-      shapes[v].ld = v == 0 && vectors_only ? shapes[v].channels : padded<T>(shapes[v].channels);
+      shapes[v].ld = v == 0 && as_it_is ? shapes[v].channels : padded<T>(shapes[v].channels);
     }
     fast.params.resize(args.num_fast);
     shared.params.resize(args.num_shared);
@@ -138,7 +140,7 @@ class Plan {
       if (n.kind != Kind::kLinear || !is_static[n.input] || !n.w.adapted) continue;
       Param& w = fast.params[n.w.index];
       // Padding of values other than the input may hold anything, which a Gram matrix would see.
-      const bool clean = n.in.ld == n.in.channels || (n.input == 0 && n.in.ld % kWidth<T> == 0);
+      const bool clean = n.in.ld % kWidth<T> == 0 && (n.in.ld == n.in.channels || n.input == 0);
       if (w.uses > 1 || !clean || s > n.in.channels) continue;
       const int64_t out = padded<T>(n.out.channels), weights = n.in.channels * out;
       const int64_t dense = k * (7 * s + kMemory) * weights;

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from enginecases import CASES, LOSSES, rates_of, relative_error, tasks, unroll
+from enginecases import CASES, LOSSES, Case, rates_of, relative_error, tasks, unroll
+from torch import nn
 from torch.autograd import gradcheck
 
 from fastmeta.ops._engine_program import parse
@@ -24,7 +25,7 @@ class Problem:
     """A case made ready: the op's inputs, and the truth's, which are the same tensors."""
 
     def __init__(self, name, loss="cross_entropy", kind="scalar", per_step=False, steps=2, **sizes):
-        case = CASES[name]
+        case = CASES[name] if isinstance(name, str) else name
         self.module = case.make()
         text, self.loss = LOSSES[loss]
         self.text, self.fast_names, self.shared_names = case.text(self.module, text)
@@ -132,6 +133,21 @@ def test_rates_of_every_granularity(name, kind, per_step):
 def test_small_and_odd_sizes(name, sizes):
     Problem(name, **sizes).check_meta_step()
     Problem(name, **sizes).check_adapt()
+
+
+@pytest.mark.parametrize("support", [1, 2, 3])
+@pytest.mark.parametrize("width", [*range(1, 10), 15, 16, 17, 33])
+def test_first_layers_of_any_width(width, support):
+    """With few supports these are kept as Gram matrices, whose sums end where the rows end."""
+    case = Case(
+        lambda: nn.Sequential(nn.Linear(width, 20), nn.Tanh(), nn.Linear(20, 3)),
+        f"in={width};" + "linear(0,w={0.weight},b={0.bias},out=20);tanh(1);"
+        "linear(2,w={2.weight},b={2.bias},out=3)",
+        (width,),
+    )
+    problem = Problem(case, support=support, query=4, steps=3)
+    problem.check_meta_step()
+    problem.check_adapt()
 
 
 @pytest.mark.parametrize("name", ["linear", "conv_batch_norm"])
