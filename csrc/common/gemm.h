@@ -52,34 +52,79 @@ struct Number {
   static constexpr int value = kValue;
 };
 
+// sum += a column of A times a row of B.
+template <class T, int kRows, int kVectors>
+FASTMETA_INLINE void add_product(const T* __restrict a, int64_t rs, const T* __restrict b,
+                                 Vec<T> (&sum)[kRows][kVectors]) {
+  Vec<T> row[kVectors];
+  FASTMETA_UNROLL
+  for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth<T>);
+  FASTMETA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const Vec<T> x = splat<T>(a[r * rs]);
+    FASTMETA_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
+  }
+}
+
 template <class T, int kRows, int kVectors>
 static inline void gemm_tile(int64_t k, const T* __restrict a, int64_t rs, int64_t cs,
                              const T* __restrict b, int64_t ldb, T alpha, const T* bias,
                              const T* from, T* c, int64_t ldc) {
   constexpr int kW = kWidth<T>;
+  // A tile of few sums would wait for each addition: it takes several terms at a time.
+  constexpr int kChains = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
   Vec<T> sum[kRows][kVectors] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    Vec<T> column[kVectors];
-    FASTMETA_UNROLL
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kW);
+  int64_t i = 0;
+  if constexpr (kChains > 1) {
+    Vec<T> chain[kChains][kRows][kVectors] = {};
+    for (; i + kChains <= k; i += kChains) {
+      FASTMETA_UNROLL
+      for (int t = 0; t < kChains; ++t) {
+        add_product<T>(a, rs, b, chain[t]);
+        a += cs;
+        b += ldb;
+      }
+    }
     FASTMETA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> x = splat<T>(a[r * rs]);
       FASTMETA_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kChains == 2) {
+          sum[r][v] = chain[0][r][v] + chain[1][r][v];
+        } else {
+          sum[r][v] = (chain[0][r][v] + chain[1][r][v]) + (chain[2][r][v] + chain[3][r][v]);
+        }
+      }
     }
+  }
+  for (; i < k; ++i) {
+    add_product<T>(a, rs, b, sum);
     a += cs;
     b += ldb;
   }
-  FASTMETA_UNROLL
-  for (int r = 0; r < kRows; ++r) {
+  const auto finish = [&](auto started) __attribute__((always_inline)) {
     FASTMETA_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      Vec<T> value = alpha * sum[r][v];
-      if (bias != nullptr) value += load(bias + v * kW);
-      if (from != nullptr) value += load(from + r * ldc + v * kW);
-      store(c + r * ldc + v * kW, value);
+    for (int r = 0; r < kRows; ++r) {
+      FASTMETA_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        store(c + r * ldc + v * kW, started(r, v) + alpha * sum[r][v]);
+      }
     }
+  };
+  if (from != nullptr && bias == nullptr) {
+    finish([&](int r, int v)
+               __attribute__((always_inline)) { return load(from + r * ldc + v * kW); });
+  } else if (from == nullptr) {
+    Vec<T> row[kVectors] = {};
+    if (bias != nullptr) {
+      for (int v = 0; v < kVectors; ++v) row[v] = load(bias + v * kW);
+    }
+    finish([&](int, int v) __attribute__((always_inline)) { return row[v]; });
+  } else {
+    finish([&](int r, int v) __attribute__((always_inline)) {
+      return load(bias + v * kW) + load(from + r * ldc + v * kW);
+    });
   }
 }
 

@@ -353,27 +353,41 @@ struct MakeLanes<0, I...> {
   using type = Lanes<I...>;
 };
 
-// zip<0>(a, b) = a0 b0 a1 b1 ... of the lower halves, zip<1> of the upper halves.
-template <int Upper, class V, int... I>
+// Grains of kGrain lanes of a and b in turn, taken from the lower (kUpper 0) or the upper half of
+// each kPart lanes: <1, 4, 0> is a0 b0 a1 b1 a4 b4 a5 b5 ...
+template <int kGrain, int kPart, int kUpper, class V, int... I>
 FASTMETA_INLINE V zip_lanes(V a, V b, Lanes<I...>) {
   constexpr int kN = sizeof...(I);
-  return __builtin_shufflevector(a, b, (Upper * (kN / 2) + I / 2 + (I % 2) * kN)...);
+  return __builtin_shufflevector(
+      a, b,
+      (I / kPart * kPart + kUpper * (kPart / 2) + I % kPart / kGrain / 2 * kGrain + I % kGrain +
+       I / kGrain % 2 * kN)...);
 }
-template <class T>
-FASTMETA_INLINE void transpose(Vec<T>* r) {
-  constexpr int kW = kWidth<T>;
-  using All = typename MakeLanes<kW>::type;
+// Transposes the grains that r[0], r[kStep], ... (kRows of them) have in each kPart lanes.
+template <int kGrain, int kPart, int kRows, int kStep, class T>
+FASTMETA_INLINE void transpose_grains(Vec<T>* r) {
+  using All = typename MakeLanes<kWidth<T>>::type;
   FASTMETA_UNROLL
-  for (int stage = 1; stage < kW; stage *= 2) {
-    Vec<T> t[kW];
+  for (int stage = 1; stage < kRows; stage *= 2) {
+    Vec<T> t[kRows];
     FASTMETA_UNROLL
-    for (int i = 0; i < kW / 2; ++i) {
-      t[2 * i] = zip_lanes<0>(r[i], r[i + kW / 2], All{});
-      t[2 * i + 1] = zip_lanes<1>(r[i], r[i + kW / 2], All{});
+    for (int i = 0; i < kRows / 2; ++i) {
+      const Vec<T> a = r[i * kStep], b = r[(i + kRows / 2) * kStep];
+      t[2 * i] = zip_lanes<kGrain, kPart, 0>(a, b, All{});
+      t[2 * i + 1] = zip_lanes<kGrain, kPart, 1>(a, b, All{});
     }
     FASTMETA_UNROLL
-    for (int i = 0; i < kW; ++i) r[i] = t[i];
+    for (int i = 0; i < kRows; ++i) r[i * kStep] = t[i];
   }
+}
+// In squares of 16 bytes a side's length first, which instructions permute fastest.
+template <class T>
+FASTMETA_INLINE void transpose(Vec<T>* r) {
+  constexpr int kW = kWidth<T>, kSquare = 16 / sizeof(T);
+  FASTMETA_UNROLL
+  for (int i = 0; i < kW; i += kSquare) transpose_grains<1, kSquare, kSquare, 1, T>(r + i);
+  FASTMETA_UNROLL
+  for (int i = 0; i < kSquare; ++i) transpose_grains<kSquare, kW, kW / kSquare, kSquare, T>(r + i);
 }
 template <int Shift, class V, int... I>
 FASTMETA_INLINE V rotate_lanes(V a, Lanes<I...>) {

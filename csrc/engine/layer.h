@@ -33,49 +33,49 @@ struct Places;
 
 template <class T>
 struct LayerCall {
-  const Node* node;  // kind, attributes and shapes
-  int64_t rows;      // of this pass
+  const Node* node = nullptr;  // kind, attributes and shapes
+  int64_t rows = 0;            // of this pass
 
-  const T* x;    // first input
-  const T* dx;   // its tangent
-  const T* x2;   // second input (add)
-  const T* dx2;  // its tangent
-  T* y;
-  T* dy;
+  const T* x = nullptr;    // first input
+  const T* dx = nullptr;   // its tangent
+  const T* x2 = nullptr;   // second input (add)
+  const T* dx2 = nullptr;  // its tangent
+  T* y = nullptr;
+  T* dy = nullptr;
 
-  const T* w;  // parameters in the engine's layout (program.h)
-  const T* b;
-  const T* dw;
-  const T* db;
-  const T* mean;  // running statistics, constants
-  const T* var;
+  const T* w = nullptr;  // parameters in the engine's layout (program.h)
+  const T* b = nullptr;
+  const T* dw = nullptr;
+  const T* db = nullptr;
+  const T* mean = nullptr;  // running statistics, constants
+  const T* var = nullptr;
 
-  const T* gy;
-  const T* dgy;
-  T* gx;  // written, or added to where add_gx says so
-  T* dgx;
-  T* gx2;
-  T* dgx2;
-  bool add_gx, add_gx2;
+  const T* gy = nullptr;
+  const T* dgy = nullptr;
+  T* gx = nullptr;  // written, or added to where add_gx says so
+  T* dgx = nullptr;
+  T* gx2 = nullptr;
+  T* dgx2 = nullptr;
+  bool add_gx = false, add_gx2 = false;
   // Dual passes alone: y holds the value already, and gx and gx2 are nullptr, for they do too.
-  bool known;
-  T* gw;  // parameter gradients are added to what is there
-  T* gb;
-  T* dgw;
-  T* dgb;
+  bool known = false;
+  T* gw = nullptr;  // parameter gradients are added to what is there
+  T* gb = nullptr;
+  T* dgw = nullptr;
+  T* dgb = nullptr;
 
   // conv2d: where its numbers lie (convolution_places.h).
-  const convolution::Places<T>* places;
+  const convolution::Places<T>* places = nullptr;
 
   // saved_bytes(node, rows) bytes that stay untouched from forward to backward, 64-byte aligned:
   // statistics, places of maxima. The dual passes use the same block.
-  void* saved;
+  void* saved = nullptr;
   // scratch_bytes(node, rows) bytes for use within one function.
-  void* scratch;
+  void* scratch = nullptr;
 
   // Dropout: identity of the pass (see dropout.h).
-  uint64_t seed;
-  int64_t pass, task;
+  uint64_t seed = 0;
+  int64_t pass = 0, task = 0;
 };
 
 }  // namespace fastmeta::engine::FASTMETA_ISA

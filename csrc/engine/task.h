@@ -395,7 +395,7 @@ class Task {
   LayerCall<T> call(int v, bool query, const T* theta) const {
     const Node& n = c_.plan.nodes[v - 1];
     const Pass& p = query ? b_.query : b_.support;
-    LayerCall<T> x{};
+    LayerCall<T> x;
     x.node = &n;
     x.rows = query ? c_.args.queries : c_.args.supports;
     x.x = at(p, p.y, n.input);

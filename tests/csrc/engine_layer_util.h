@@ -203,7 +203,7 @@ class Engine {
         blank(!options.no_dgw && dual && !in.b.empty(), 1, ws, offset_),
         Memory(static_cast<size_t>(layers::saved_bytes<T>(node_, rows_)) / sizeof(T), nan),
         Memory(static_cast<size_t>(layers::scratch_bytes<T>(node_, rows_)) / sizeof(T), nan)};
-    LayerCall<T> call{};
+    LayerCall<T> call;
     call.node = &node_;
     call.rows = rows_;
     const T** const inputs[] = {&call.x,  &call.x2,  &call.w,  &call.b,  &call.mean, &call.var,
