@@ -1,5 +1,7 @@
 // The loops over tasks, steps and back: instantiated for float and double by adapt_*_cpu.cpp.
 #pragma once
+#include <vector>
+
 #include "engine/task.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
@@ -52,6 +54,7 @@ class Run {
                       ? plan_.fast.size + plan_.shared.size + plan_.factored_size + rate_size_
                       : 0;
     groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
+    added_.assign(groups_, 0);
     call_memory.reset(Scratch::size_of<T>(plan_.fast.size) +
                       Scratch::size_of<T>(plan_.factored_size) +
                       Scratch::size_of<T>(plan_.shared.size) +
@@ -76,7 +79,10 @@ class Run {
           Run& run = *static_cast<Run*>(context);
           task_memory.reset(Scratch::size_of<T>(run.common_->buffers.total));
           Task<T> task(*run.common_, task_memory.take<T>(run.common_->buffers.total));
-          for (int64_t g = begin; g < end; ++g) run.group(task, g);
+          for (int64_t g = begin; g < end; ++g) {
+            run.group(task, g);
+            run.add_complete_pairs(begin, g + 1);
+          }
         },
         this);
     sum_groups();
@@ -267,12 +273,29 @@ class Run {
     }
   }
 
-  void sum_groups() const {
+  // The gradients of the groups are summed in a binary tree: the first of 2 * span groups gets the
+  // sum of all. What a thread made itself it sums itself, while that lies in its caches; added_
+  // says of a group that its sum went to another.
+  void add_pair(int64_t first, int64_t span) {
+    T* sums = group_gradients_ + first * group_size_;
+    const T* more = sums + span * group_size_;
+    for (int64_t i = 0; i < group_size_; ++i) sums[i] += more[i];
+    added_[first + span] = 1;
+  }
+  // The trees that end where a thread is, of its groups [begin, end).
+  void add_complete_pairs(int64_t begin, int64_t end) {
+    for (int64_t span = 1; end % (2 * span) == 0 && end - 2 * span >= begin; span *= 2) {
+      add_pair(end - 2 * span, span);
+    }
+  }
+
+  void sum_groups() {
     if (!wants_.backward) return;
     T* sums = group_gradients_;
-    for (int64_t g = 1; g < groups_; ++g) {
-      const T* more = group_gradients_ + g * group_size_;
-      for (int64_t i = 0; i < group_size_; ++i) sums[i] += more[i];
+    for (int64_t span = 1; span < groups_; span *= 2) {
+      for (int64_t g = 0; g + span < groups_; g += 2 * span) {
+        if (added_[g + span] == 0) add_pair(g, span);
+      }
     }
     const auto write = [](const ParamList& list, const T* from, void* const* out) {
       for (size_t i = 0; out != nullptr && i < list.params.size(); ++i) {
@@ -310,6 +333,7 @@ class Run {
   Wants wants_;
   int64_t rate_width_ = 0, rate_size_ = 0, group_size_ = 0, groups_ = 0;
   T* group_gradients_ = nullptr;
+  std::vector<char> added_;
   const Common<T>* common_ = nullptr;
 };
 
