@@ -20,8 +20,8 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 JOBS := $(if $(MAX_JOBS),-j $(MAX_JOBS))
 say = @printf '\033[1m== %s\033[0m\n' '$(strip $(1))'
 
-.PHONY: help demo test test-slow test-cpp test-sanitizers test-cuda-emulation test-compat test-pure \
-        cuda-report lint format bench docs build info clean FORCE
+.PHONY: help demo test test-slow test-cpp test-sanitizers test-cuda-emulation test-avx512 \
+        test-compat test-pure cuda-report lint format bench docs build info clean FORCE
 
 help:
 	@echo 'make demo                 train on glyphs, then recognise handwritten digits; writes report.html'
@@ -32,6 +32,7 @@ help:
 	@echo 'make build                compile the C++ and install in place (info: what runs where)'
 	@echo 'make test-cpp             GoogleTest tests of the kernels (test-sanitizers: with ASan+UBSan, TSan)'
 	@echo 'make test-cuda-emulation  the CUDA kernels, run on the CPU'
+	@echo 'make test-avx512          the AVX-512 kernels, run with AVX2 instructions'
 	@echo 'make cuda-report          compile every .cu with nvcc: registers, spills (needs no GPU)'
 	@echo 'make test-compat          a wheel built here runs beside another torch (downloads 5.5 GB)'
 	@echo 'make test-pure            the install without compiled code'
@@ -100,6 +101,18 @@ test-sanitizers:
 	@for preset in asan tsan; do \
 	  cmake --preset $$preset; cmake --build --preset $$preset $(JOBS); ctest --preset $$preset; \
 	done
+
+# In a copy, whose kernels the compiler of tests/avx512_emulation makes.
+AVX512 := build/avx512-emulation
+test-avx512: build
+	$(call say, the AVX-512 kernels with AVX2 instructions: compiled (minutes) and tested)
+	@mkdir -p $(AVX512) && git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(AVX512)
+	@cd $(AVX512) && export PYTHONPATH=$$PWD FASTMETA_BACKEND=native FASTMETA_CPU_ISA=avx512 && \
+	  CXX=$$PWD/tests/avx512_emulation/c++ FASTMETA_CUDA=0 \
+	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace && \
+	  $(CURDIR)/$(BIN)/python -c 'import fastmeta; assert fastmeta.backend_info()["isa"] == "avx512"' && \
+	  $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/cuda_emulation --ignore=tests/packaging \
+	    tests $(PYTEST_ARGS)
 
 test-compat: build
 	@.ci/torch-compat $(BIN)/python

@@ -1,0 +1,140 @@
+// The AVX-512 kernels on a machine that has AVX2 only: the few intrinsics that csrc/ names, each as
+// two of AVX2. Vectors of 64 bytes are the compiler's own (vector_size), which it splits by itself.
+// Included before everything else by tests/avx512_emulation/c++; what the kernels do with 16 lanes,
+// 32 registers' worth of tile and masked loads is then run, only the instructions are not.
+#pragma once
+
+#include <immintrin.h>
+
+// Every set counts as present, so that the dispatcher takes the AVX-512 kernels.
+#define __builtin_cpu_supports(name) 1
+
+#if defined(FASTMETA_EMULATE_AVX512)
+#define __AVX512F__ 1
+
+namespace fastmeta_avx512_emulation {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef long long Words __attribute__((vector_size(64)));
+typedef unsigned short Halves __attribute__((vector_size(32)));
+
+template <class Whole, class Half, class F>
+static inline __attribute__((always_inline)) Whole by_halves(Whole a, Whole b, F f) {
+  struct Two {
+    Half half[2];
+  };
+  Two x = __builtin_bit_cast(Two, a), y = __builtin_bit_cast(Two, b);
+  for (int i = 0; i < 2; ++i) x.half[i] = f(x.half[i], y.half[i]);
+  return __builtin_bit_cast(Whole, x);
+}
+
+#define FASTMETA_BY_HALVES(name, Whole, Half, ...)                                                \
+  static inline __attribute__((always_inline)) Whole name(unsigned, Whole a, Whole b = Whole{}) { \
+    return by_halves<Whole, Half>(a, b, [](Half x, Half y) -> Half {                              \
+      (void)y;                                                                                    \
+      return __VA_ARGS__;                                                                         \
+    });                                                                                           \
+  }
+FASTMETA_BY_HALVES(max_ps, Floats, __m256, _mm256_max_ps(x, y))
+FASTMETA_BY_HALVES(min_ps, Floats, __m256, _mm256_min_ps(x, y))
+FASTMETA_BY_HALVES(sqrt_ps, Floats, __m256, _mm256_sqrt_ps(x))
+FASTMETA_BY_HALVES(round_ps, Floats, __m256,
+                   _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+FASTMETA_BY_HALVES(max_pd, Doubles, __m256d, _mm256_max_pd(x, y))
+FASTMETA_BY_HALVES(min_pd, Doubles, __m256d, _mm256_min_pd(x, y))
+FASTMETA_BY_HALVES(sqrt_pd, Doubles, __m256d, _mm256_sqrt_pd(x))
+FASTMETA_BY_HALVES(round_pd, Doubles, __m256d,
+                   _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#undef FASTMETA_BY_HALVES
+
+// a * 2^floor(b), rounded once, with every special case of the instruction: ldexp has them.
+static inline Floats scalef(Floats a, Floats b) {
+  for (int i = 0; i < 16; ++i) {
+    const float n = __builtin_floorf(b[i]);
+    a[i] = n != n ? n : __builtin_scalbnf(a[i], n > 2000 ? 2000 : n < -2000 ? -2000 : (int)n);
+  }
+  return a;
+}
+static inline Doubles scalef(Doubles a, Doubles b) {
+  for (int i = 0; i < 8; ++i) {
+    const double n = __builtin_floor(b[i]);
+    a[i] = n != n ? n : __builtin_scalbn(a[i], n > 9000 ? 9000 : n < -9000 ? -9000 : (int)n);
+  }
+  return a;
+}
+
+// Lanes that the mask leaves out are neither read nor written.
+template <class Whole, class T>
+static inline Whole masked_load(unsigned mask, const T* p) {
+  Whole x = {};
+  for (int i = 0; i < 64 / (int)sizeof(T); ++i) {
+    if (mask >> i & 1) x[i] = p[i];
+  }
+  return x;
+}
+template <class Whole, class T>
+static inline void masked_store(T* p, unsigned mask, Whole x) {
+  for (int i = 0; i < 64 / (int)sizeof(T); ++i) {
+    if (mask >> i & 1) p[i] = x[i];
+  }
+}
+
+static inline Floats from_halves(Halves h) {
+  struct Two {
+    __m128i half[2];
+  };
+  struct TwoFloats {
+    __m256 half[2];
+  };
+  const Two x = __builtin_bit_cast(Two, h);
+  return __builtin_bit_cast(Floats,
+                            TwoFloats{{_mm256_cvtph_ps(x.half[0]), _mm256_cvtph_ps(x.half[1])}});
+}
+static inline Halves to_halves(Floats f) {
+  struct Two {
+    __m128i half[2];
+  };
+  struct TwoFloats {
+    __m256 half[2];
+  };
+  const TwoFloats x = __builtin_bit_cast(TwoFloats, f);
+  return __builtin_bit_cast(Halves,
+                            Two{{_mm256_cvtps_ph(x.half[0], 0), _mm256_cvtps_ph(x.half[1], 0)}});
+}
+
+static inline void stream(float* p, Floats x) {
+  const __m256* half = (const __m256*)&x;
+  _mm256_stream_ps(p, half[0]);
+  _mm256_stream_ps(p + 8, half[1]);
+}
+static inline void stream(double* p, Doubles x) {
+  const __m256d* half = (const __m256d*)&x;
+  _mm256_stream_pd(p, half[0]);
+  _mm256_stream_pd(p + 4, half[1]);
+}
+
+}  // namespace fastmeta_avx512_emulation
+
+#define FASTMETA_EMULATED ::fastmeta_avx512_emulation::
+#define __m512 FASTMETA_EMULATED Floats
+#define __m512d FASTMETA_EMULATED Doubles
+#define _mm512_maskz_max_ps FASTMETA_EMULATED max_ps
+#define _mm512_maskz_min_ps FASTMETA_EMULATED min_ps
+#define _mm512_maskz_sqrt_ps FASTMETA_EMULATED sqrt_ps
+#define _mm512_maskz_max_pd FASTMETA_EMULATED max_pd
+#define _mm512_maskz_min_pd FASTMETA_EMULATED min_pd
+#define _mm512_maskz_sqrt_pd FASTMETA_EMULATED sqrt_pd
+#define _mm512_maskz_roundscale_ps(mask, x, mode) FASTMETA_EMULATED round_ps(mask, x)
+#define _mm512_maskz_roundscale_pd(mask, x, mode) FASTMETA_EMULATED round_pd(mask, x)
+#define _mm512_maskz_scalef_ps(mask, a, b) FASTMETA_EMULATED scalef(a, b)
+#define _mm512_maskz_scalef_pd(mask, a, b) FASTMETA_EMULATED scalef(a, b)
+#define _mm512_maskz_loadu_ps(mask, p) FASTMETA_EMULATED masked_load<__m512>(mask, p)
+#define _mm512_maskz_loadu_pd(mask, p) FASTMETA_EMULATED masked_load<__m512d>(mask, p)
+#define _mm512_mask_storeu_ps(p, mask, x) FASTMETA_EMULATED masked_store(p, mask, x)
+#define _mm512_mask_storeu_pd(p, mask, x) FASTMETA_EMULATED masked_store(p, mask, x)
+#define _mm512_maskz_cvtph_ps(mask, h) FASTMETA_EMULATED from_halves((FASTMETA_EMULATED Halves)(h))
+#define _mm512_maskz_cvtps_ph(mask, x, mode) (__m256i) FASTMETA_EMULATED to_halves(x)
+#define _mm512_stream_ps FASTMETA_EMULATED stream
+#define _mm512_stream_pd FASTMETA_EMULATED stream
+#endif
