@@ -150,6 +150,17 @@ def test_first_layers_of_any_width(width, support):
     problem.check_adapt()
 
 
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_rates_of_each_number_without_padding(width):
+    """As many numbers in the engine's layout as in torch's, in another order."""
+    case = Case(
+        lambda: nn.Linear(width, width),
+        f"in={width};linear(0,w={{weight}},b={{bias}},out={width})",
+        (width,),
+    )
+    Problem(case, kind="element").check_meta_step()
+
+
 @pytest.mark.parametrize("name", ["linear", "conv_batch_norm"])
 def test_no_queries_and_no_tasks(name):
     problem = Problem(name, query=0)
