@@ -47,14 +47,15 @@ void measure(BackwardPlan* plan, ParallelFor par) {
     exact.entries = max_of(exact.entries, entries);
   }
   if (exact.entries == 0) return;
-  // A task in parts, unless there are jobs enough or many sums to keep.
-  constexpr int64_t kParts = 8, kPartRows = 4096, kSums = 64;
+  // A task in parts, unless there are jobs enough or many sums to keep; then by panels.
+  constexpr int64_t kParts = 16, kPartRows = 1024, kSums = 1024;
   const int64_t parts = min_of(min_of(kParts, p.num_supports / kPartRows), kSums / exact.entries);
-  exact.parts = p.num_tasks >= kJobs / 4 ? 1 : max_of<int64_t>(1, parts);
+  exact.parts = p.num_tasks >= kParts ? 1 : max_of<int64_t>(1, parts);
+  exact.panel_jobs = min_of(panels.count, ceil_div(kParts, p.num_tasks * exact.parts));
   const int64_t size = p.num_tasks * exact.parts * exact.entries * 2 * panels.lanes();
   exact_scratch.reset(Scratch::size_of<A>(size));
   exact.values = exact_scratch.take<A>(size);
-  const int64_t jobs = p.num_tasks * panels.count * exact.parts;
+  const int64_t jobs = p.num_tasks * exact.panel_jobs * exact.parts;
   par(
       jobs, max_of<int64_t>(1, kSerialWork / (p.num_tasks * task_work(p) / jobs + 1)),
       [](void* context, int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 // before the gradients, finds maximum and sum per query. The pass costs one more product where
 // classes are large (for nll, where tasks are), and nothing elsewhere.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "matching/matching_cpu_gradient.h"
@@ -16,6 +17,7 @@ namespace fastmeta::matching::FASTMETA_ISA {
 // classes above kWholeRows in order; for nll all supports (0) and those of the target (1).
 struct Exact {
   int64_t entries = 0, parts = 1;
+  int64_t panel_jobs = 1;  // ranges of panels, each with a job for every part
   void* values = nullptr;  // acc, [T, parts, entries, 2, lanes]
 };
 
@@ -48,43 +50,48 @@ static void take_scores(const A* tile, int64_t n, A factor, A* maximum, A* sum, 
   }
 }
 
-// Job `index` of [T, panels, parts]: one panel of queries against one part of the supports.
+// Job `index` of [T, panel_jobs, parts]: a range of panels of queries against one part of the
+// supports, block by block past all panels: many supports are read from memory once.
 template <class S>
 static void measure_classes(const Problem& p, const Exact& exact, const int64_t* orders,
                             const int64_t* starts, int64_t index, Scratch& scratch) {
   using A = Acc<S>;
   constexpr int kW = kWidth<A>, kMaxLanes = kMaxVectors * kW;
   const Panels<A> panels(p.num_queries);
-  const int64_t part = index % exact.parts, i = index / exact.parts % panels.count;
-  const int64_t t = index / (exact.parts * panels.count), classes = p.num_classes;
+  const int64_t part = index % exact.parts, group = index / exact.parts % exact.panel_jobs;
+  const int64_t t = index / (exact.parts * exact.panel_jobs), classes = p.num_classes;
+  const int64_t first = panels.count * group / exact.panel_jobs;
+  const int64_t last = panels.count * (group + 1) / exact.panel_jobs;
+  const int64_t lane0 = panels.begin(first), own_lanes = panels.begin(last) - lane0;
   const int64_t *order = orders + t * p.num_supports, *start = starts + t * (classes + 1);
   const int64_t begin = start[classes] * part / exact.parts;
   const int64_t end = start[classes] * (part + 1) / exact.parts;
-  const int64_t rows = block_rows<A>(p.num_supports, p.dim), query = panels.begin(i);
-  const int width = panels.vectors_in(i) * kW;
-  const int count = static_cast<int>(min_of<int64_t>(width, p.num_queries - query));
+  const int64_t rows = block_rows<A>(p.num_supports, p.dim), lanes = panels.lanes();
   const bool nll = p.targets != nullptr, copy = copies_rows<S>(p.dim);
   scratch.reset(Block<S>::bytes(rows, p.dim, copy) + Scratch::size_of<A>(rows * kMaxLanes) +
-                Scratch::size_of<A>(kMaxLanes * p.dim) + Scratch::size_of<A>(kMaxLanes));
+                Scratch::size_of<A>(own_lanes * p.dim) + Scratch::size_of<A>(own_lanes) +
+                Scratch::size_of<IntVec<A>>(own_lanes / kW));
   const Task<S> task(p, t);
   Block<S> block;
   block.allocate(scratch, rows, p.dim, copy);
   A* tile = scratch.take<A>(rows * kMaxLanes);
-  A* packed = scratch.take<A>(kMaxLanes * p.dim);
-  A* terms = scratch.take<A>(kMaxLanes);
-  IntVec<A> targets[kMaxVectors];
-  if (nll) load_targets<A>(task.targets + query, classes, count, width, targets);
-  pack_panel(p, task.query + query * p.dim, count, width, packed, terms);
-  const int64_t lanes = panels.lanes();
+  A* packed = scratch.take<A>(own_lanes * p.dim);
+  A* terms = scratch.take<A>(own_lanes);
+  IntVec<A>* targets = scratch.take<IntVec<A>>(own_lanes / kW);
   A* values =
-      static_cast<A*>(exact.values) + (t * exact.parts + part) * exact.entries * 2 * lanes + query;
+      static_cast<A*>(exact.values) + (t * exact.parts + part) * exact.entries * 2 * lanes + lane0;
   for (int64_t e = 0; e < exact.entries; ++e) {
-    for (int l = 0; l < width; ++l) {
-      values[2 * e * lanes + l] = Const<A>::kLowest;
-      values[(2 * e + 1) * lanes + l] = 0;
-    }
+    std::fill_n(values + 2 * e * lanes, own_lanes, Const<A>::kLowest);
+    std::fill_n(values + (2 * e + 1) * lanes, own_lanes, A(0));
   }
   if (begin == end) return;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t query = panels.begin(i), at = query - lane0;
+    const int width = panels.vectors_in(i) * kW;
+    const int count = static_cast<int>(min_of<int64_t>(width, p.num_queries - query));
+    if (nll) load_targets<A>(task.targets + query, classes, count, width, targets + at / kW);
+    pack_panel(p, task.query + query * p.dim, count, width, packed + at * p.dim, terms + at);
+  }
   const A factor = task.scale * Const<A>::kLog2e;
   int64_t first_class = class_at(start, classes, begin);
   int64_t entry = nll ? 0 : count_large(start, 0, first_class);
@@ -99,27 +106,34 @@ static void measure_classes(const Problem& p, const Exact& exact, const int64_t*
                 [&](int64_t c, int64_t, int64_t) { needed |= is_large(start, c); });
     if (!needed) continue;
     block.gather(p, task.support, order + at, n, 0);
-    const Finish<A> finish{p.similarity, block.terms, needs_norms(p.similarity) ? terms : nullptr,
-                           A(1)};
-    with_vectors(panels.vectors_in(i), [&](auto nv) {
-      constexpr int kNV = decltype(nv)::value, kL = kNV * kW;
-      score_block<A, kNV>(block.rows, n, packed, p.dim, task.weight, finish, tile);
-      int64_t e = entry;
-      for_classes(start, first_class, at, n, [&](int64_t c, int64_t from, int64_t to) {
-        const auto take = [&](int64_t into, const auto& hit) {
-          A* maximum = values + 2 * into * lanes;
-          take_scores<A, kNV>(tile + from * kL, to - from, factor, maximum, maximum + lanes, hit);
-        };
-        const IntVec<A> id = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(c);
-        const auto always = [&](int) { return id == id; };
-        if (nll) {
-          take(0, always);
-          take(1, [&](int v) { return targets[v] == id; });
-        } else if (is_large(start, c)) {
-          take(e++, always);
-        }
+    const int64_t rest = min_of(rows, end - at - n);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t from = rest * (i - first) / (last - first);
+      prefetch_rows(task.support, order + at + n + from,
+                    rest * (i - first + 1) / (last - first) - from, p.dim);
+      const int64_t own = panels.begin(i) - lane0;
+      const Finish<A> finish{p.similarity, block.terms,
+                             needs_norms(p.similarity) ? terms + own : nullptr, A(1)};
+      with_vectors(panels.vectors_in(i), [&](auto nv) {
+        constexpr int kNV = decltype(nv)::value, kL = kNV * kW;
+        score_block<A, kNV>(block.rows, n, packed + own * p.dim, p.dim, task.weight, finish, tile);
+        int64_t e = entry;
+        for_classes(start, first_class, at, n, [&](int64_t c, int64_t row, int64_t to) {
+          const auto take = [&](int64_t into, const auto& hit) {
+            A* maximum = values + 2 * into * lanes + own;
+            take_scores<A, kNV>(tile + row * kL, to - row, factor, maximum, maximum + lanes, hit);
+          };
+          const IntVec<A> id = IntVec<A>{} + static_cast<decltype(IntVec<A>{}[0] + 0)>(c);
+          const auto always = [&](int) { return id == id; };
+          if (nll) {
+            take(0, always);
+            take(1, [&](int v) { return targets[own / kW + v] == id; });
+          } else if (is_large(start, c)) {
+            take(e++, always);
+          }
+        });
       });
-    });
+    }
   }
 }
 
