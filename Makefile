@@ -109,9 +109,9 @@ test-avx512: build
 	@mkdir -p $(AVX512) && git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(AVX512)
 	@cd $(AVX512) && export PYTHONPATH=$$PWD FASTMETA_BACKEND=native FASTMETA_CPU_ISA=avx512 && \
 	  CXX=$$PWD/tests/avx512_emulation/c++ FASTMETA_CUDA=0 \
-	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace && \
-	  $(CURDIR)/$(BIN)/python -c 'import fastmeta; assert fastmeta.backend_info()["isa"] == "avx512"' && \
-	  $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/cuda_emulation --ignore=tests/packaging \
+	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace && \
+	  $(abspath $(BIN))/python -c 'import fastmeta; assert fastmeta.backend_info()["isa"] == "avx512"' && \
+	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) --ignore=tests/cuda_emulation --ignore=tests/packaging \
 	    tests $(PYTEST_ARGS)
 
 test-compat: build
