@@ -380,7 +380,7 @@ FASTMETA_INLINE void transpose_grains(Vec<T>* r) {
     for (int i = 0; i < kRows; ++i) r[i * kStep] = t[i];
   }
 }
-// In squares of 16 bytes a side's length first, which instructions permute fastest.
+// Squares of 16 bytes a side first: within those instructions permute fastest.
 template <class T>
 FASTMETA_INLINE void transpose(Vec<T>* r) {
   constexpr int kW = kWidth<T>, kSquare = 16 / sizeof(T);

@@ -36,6 +36,8 @@ struct Adapt {
   int64_t tasks, supports, queries, steps;
   const void* rates;  // [rate_rows, rate_cols]
   int64_t rate_rows, rate_cols;
+  // Not one for all, nor one for each parameter: one for each of the parameters' numbers.
+  bool rate_each_number() const { return rate_cols != 1 && rate_cols != num_fast; }
   const void* support_x;  // [T, S, *in]
   const void* support_y;  // [T, S] int64, or [T, S, *out]
   const void* query_x;    // [T, Q, *in]

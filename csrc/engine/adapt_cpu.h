@@ -47,8 +47,7 @@ class Run {
       return;
     }
     const Buffers<T> buffers(plan_, args_, wants_, mode_ == Mode::kMetaStep);
-    rate_each_number_ = args_.rate_cols != 1 && args_.rate_cols != args_.num_fast;
-    rate_width_ = rate_each_number_ ? plan_.fast.size : args_.rate_cols;
+    rate_width_ = plan_.rate_width(args_);
     rate_size_ = wants_.rates ? args_.rate_rows * rate_width_ : 0;
     group_size_ = wants_.backward
                       ? plan_.fast.size + plan_.shared.size + plan_.factored_size + rate_size_
@@ -104,8 +103,7 @@ class Run {
         throw std::invalid_argument("fastmeta: a parameter of another size than the program says");
       }
     }
-    const bool rates_fit = args_.rate_cols == 1 || args_.rate_cols == args_.num_fast ||
-                           args_.rate_cols == plan_.fast.numel;
+    const bool rates_fit = !args_.rate_each_number() || args_.rate_cols == plan_.fast.numel;
     if (!rates_fit || (args_.rate_rows != 1 && args_.rate_rows != args_.steps)) {
       throw std::invalid_argument("fastmeta: rates of an unexpected shape");
     }
@@ -214,7 +212,7 @@ class Run {
   void import_rates(T* to) const {
     const T* from = static_cast<const T*>(args_.rates);
     for (int64_t r = 0; r < args_.rate_rows; ++r) {
-      if (!rate_each_number_) {
+      if (!args_.rate_each_number()) {
         std::copy(from, from + rate_width_, to);
       } else {
         for (const Param& p : plan_.fast.params)
@@ -315,7 +313,7 @@ class Run {
     const T* from = weights + plan_.factored_size;
     T* to = static_cast<T*>(gradients_->rates);
     for (int64_t r = 0; r < args_.rate_rows; ++r) {
-      if (!rate_each_number_) {
+      if (!args_.rate_each_number()) {
         std::copy(from, from + rate_width_, to);
       } else {
         for (const Param& p : plan_.fast.params)
@@ -331,7 +329,6 @@ class Run {
   Mode mode_;
   Plan<T> plan_;
   Wants wants_;
-  bool rate_each_number_ = false;  // then in the engine's layout, as the parameters are
   int64_t rate_width_ = 0, rate_size_ = 0, group_size_ = 0, groups_ = 0;
   T* group_gradients_ = nullptr;
   std::vector<char> added_;

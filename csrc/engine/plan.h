@@ -95,6 +95,10 @@ class Plan {
     return (ref.adapted ? fast : shared).params[ref.index];
   }
   const Shape& out() const { return shapes.back(); }
+  // Numbers of one step's rates: those of each number lie as the parameters do.
+  int64_t rate_width(const Adapt& args) const {
+    return args.rate_each_number() ? fast.size : args.rate_cols;
+  }
 
   const Program& program;
   std::vector<Node> nodes;
@@ -132,8 +136,7 @@ class Plan {
   // weight that goes through memory counting as kMemory of them.
   void factor(const Adapt& args) {
     constexpr int64_t kMemory = 16;
-    const bool a_rate_each = args.rate_cols != 1 && args.rate_cols != args.num_fast;
-    if (a_rate_each || args.steps == 0) return;
+    if (args.rate_each_number() || args.steps == 0) return;
     const int64_t s = args.supports, q = args.queries, k = args.steps;
     for (size_t i = 0; i < nodes.size(); ++i) {
       const Node& n = nodes[i];

@@ -208,7 +208,7 @@ class Task {
   void add_rate_gradient(int64_t step, T* out) const {
     const T* g = gradient();
     const T* lambda = at(b_.cotangent);
-    const int64_t width = rate_width();
+    const int64_t width = c_.plan.rate_width(c_.args);
     T* row = out + rate_row(step) * width;
     each_rate(step, [&](int64_t index, int64_t begin, int64_t end, const T* rates, T) {
       if (rates != nullptr) {
@@ -299,9 +299,6 @@ class Task {
   T* cotangent() const { return at(b_.cotangent); }
   T* trajectory() const { return at(b_.trajectory); }
 
-  // Numbers of one step's rates in the engine's layout.
-  int64_t rate_width() const { return per_number() ? c_.plan.fast.size : c_.args.rate_cols; }
-
   static void zero(T* p, int64_t n) { std::fill(p, p + n, T(0)); }
 
  private:
@@ -329,17 +326,14 @@ class Task {
   }
   void clear(int64_t place, int v) { zero(at(place), c_.args.supports * c_.plan.shapes[v].row()); }
 
-  bool per_number() const {
-    return c_.args.rate_cols != 1 && c_.args.rate_cols != c_.args.num_fast;
-  }
   int64_t rate_row(int64_t step) const { return c_.args.rate_rows == 1 ? 0 : step; }
 
   // f(parameter, begin, end, rates or nullptr, rate) for ranges of the adapted parameters.
   template <class F>
   void each_rate(int64_t step, F f) const {
-    const T* row = c_.rates + rate_row(step) * rate_width();
+    const T* row = c_.rates + rate_row(step) * c_.plan.rate_width(c_.args);
     const int64_t size = c_.plan.fast.size;
-    if (per_number()) {
+    if (c_.args.rate_each_number()) {
       f(int64_t{0}, int64_t{0}, size, row, T(0));
     } else if (c_.args.rate_cols == 1) {
       f(int64_t{0}, int64_t{0}, size, nullptr, row[0]);
