@@ -173,7 +173,7 @@ def plot(path: Path, points: list[tuple[str, dict[str, Any]]]) -> None:
     for offset, side, colour in ((-0.2, "ours", "C0"), (0.2, "eager", "C1")):
         ratios = [p[f"{side}_ms"] / p["ours_ms"] for p in bars]
         places = [i + offset for i in range(len(bars))]
-        axes[3].barh(places, ratios, 0.4, color=colour, label=side)
+        axes[3].barh(places, ratios, 0.4, color=colour)
     axes[3].set_yticks(range(len(bars)), names, fontsize=7)
     axes[3].set_xlabel(
         "time over fastmeta's\n(threads: S=20,000, D=128; instruction sets: S=1,000, D=64)"

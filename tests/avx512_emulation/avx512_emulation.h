@@ -3,8 +3,10 @@
 // Included before everything else by tests/avx512_emulation/c++; what the kernels do with 16 lanes,
 // 32 registers' worth of tile and masked loads is then run, only the instructions are not.
 #pragma once
-
 #include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
 
 // Every set counts as present, so that the dispatcher takes the AVX-512 kernels.
 #define __builtin_cpu_supports(name) 1
@@ -16,17 +18,17 @@ namespace fastmeta_avx512_emulation {
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
-typedef long long Words __attribute__((vector_size(64)));
 typedef unsigned short Halves __attribute__((vector_size(32)));
+
+template <class Half>
+struct Two {
+  Half half[2];
+};
 
 template <class Whole, class Half, class F>
 static inline __attribute__((always_inline)) Whole by_halves(Whole a, Whole b, F f) {
-  struct Two {
-    Half half[2];
-  };
-  Two x = __builtin_bit_cast(Two, a), y = __builtin_bit_cast(Two, b);
-  for (int i = 0; i < 2; ++i) x.half[i] = f(x.half[i], y.half[i]);
-  return __builtin_bit_cast(Whole, x);
+  const auto x = __builtin_bit_cast(Two<Half>, a), y = __builtin_bit_cast(Two<Half>, b);
+  return __builtin_bit_cast(Whole, Two<Half>{{f(x.half[0], y.half[0]), f(x.half[1], y.half[1])}});
 }
 
 #define FASTMETA_BY_HALVES(name, Whole, Half, ...)                                                \
@@ -48,18 +50,12 @@ FASTMETA_BY_HALVES(round_pd, Doubles, __m256d,
                    _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #undef FASTMETA_BY_HALVES
 
-// a * 2^floor(b), rounded once, with every special case of the instruction: ldexp has them.
-static inline Floats scalef(Floats a, Floats b) {
-  for (int i = 0; i < 16; ++i) {
-    const float n = __builtin_floorf(b[i]);
-    a[i] = n != n ? n : __builtin_scalbnf(a[i], n > 2000 ? 2000 : n < -2000 ? -2000 : (int)n);
-  }
-  return a;
-}
-static inline Doubles scalef(Doubles a, Doubles b) {
-  for (int i = 0; i < 8; ++i) {
-    const double n = __builtin_floor(b[i]);
-    a[i] = n != n ? n : __builtin_scalbn(a[i], n > 9000 ? 9000 : n < -9000 ? -9000 : (int)n);
+// a * 2^floor(b), rounded once; exponents past every number's are as good as larger ones.
+template <class Whole>
+static inline Whole scalef(Whole a, Whole b) {
+  for (int i = 0; i < static_cast<int>(sizeof(a) / sizeof(a[0])); ++i) {
+    const auto n = std::floor(b[i] + 0);
+    a[i] = n != n ? n : std::scalbn(a[i] + 0, static_cast<int>(std::clamp<double>(n, -9000, 9000)));
   }
   return a;
 }
@@ -81,26 +77,14 @@ static inline void masked_store(T* p, unsigned mask, Whole x) {
 }
 
 static inline Floats from_halves(Halves h) {
-  struct Two {
-    __m128i half[2];
-  };
-  struct TwoFloats {
-    __m256 half[2];
-  };
-  const Two x = __builtin_bit_cast(Two, h);
+  const auto x = __builtin_bit_cast(Two<__m128i>, h);
   return __builtin_bit_cast(Floats,
-                            TwoFloats{{_mm256_cvtph_ps(x.half[0]), _mm256_cvtph_ps(x.half[1])}});
+                            Two<__m256>{{_mm256_cvtph_ps(x.half[0]), _mm256_cvtph_ps(x.half[1])}});
 }
 static inline Halves to_halves(Floats f) {
-  struct Two {
-    __m128i half[2];
-  };
-  struct TwoFloats {
-    __m256 half[2];
-  };
-  const TwoFloats x = __builtin_bit_cast(TwoFloats, f);
-  return __builtin_bit_cast(Halves,
-                            Two{{_mm256_cvtps_ph(x.half[0], 0), _mm256_cvtps_ph(x.half[1], 0)}});
+  const auto x = __builtin_bit_cast(Two<__m256>, f);
+  return __builtin_bit_cast(
+      Halves, Two<__m128i>{{_mm256_cvtps_ph(x.half[0], 0), _mm256_cvtps_ph(x.half[1], 0)}});
 }
 
 static inline void stream(float* p, Floats x) {
