@@ -41,7 +41,7 @@ class Work(NamedTuple):
         asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
         wanted = sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
         with _below_autograd():
-            loss, _, *grads = _meta_step(
+            mean, _, *grads = _meta_step(
                 self.program,
                 tensors[:fast],
                 tensors[fast:shared],
@@ -52,7 +52,6 @@ class Work(NamedTuple):
                 *self.options,
                 wanted,
             )
-            mean = loss.mean()
         found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
         return mean, [g for g, need in found if need]
 

@@ -47,7 +47,7 @@ struct Adapt {
   void* prediction;      // [T, Q, *out] or nullptr
   void* const* adapted;  // [T, *shape] each, or nullptr
   void* trajectory;      // [T, K, numbers of fast], in the engine's order; nullptr: not kept
-  void* loss;            // [T]; meta_step alone
+  void* loss;            // [], the mean over the tasks; meta_step alone
 };
 
 struct AdaptGradients {

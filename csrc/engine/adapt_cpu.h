@@ -44,6 +44,7 @@ class Run {
     check();
     if (args_.tasks == 0) {
       clear_gradients();
+      write_loss(nullptr);
       return;
     }
     const Buffers<T> buffers(plan_, args_, wants_, mode_ == Mode::kMetaStep);
@@ -54,16 +55,17 @@ class Run {
                       : 0;
     groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
     added_.assign(groups_, 0);
-    call_memory.reset(Scratch::size_of<T>(plan_.fast.size) +
-                      Scratch::size_of<T>(plan_.factored_size) +
-                      Scratch::size_of<T>(plan_.shared.size) +
-                      Scratch::size_of<T>(args_.rate_rows * rate_width_) +
-                      Scratch::size_of<T>(groups_ * group_size_));
+    call_memory.reset(
+        Scratch::size_of<T>(plan_.fast.size) + Scratch::size_of<T>(plan_.factored_size) +
+        Scratch::size_of<T>(plan_.shared.size) +
+        Scratch::size_of<T>(args_.rate_rows * rate_width_) +
+        Scratch::size_of<T>(groups_ * group_size_) + Scratch::size_of<double>(args_.tasks));
     T* theta = call_memory.take<T>(plan_.fast.size);
     T* weights = call_memory.take<T>(plan_.factored_size);
     T* shared = call_memory.take<T>(plan_.shared.size);
     T* rates = call_memory.take<T>(args_.rate_rows * rate_width_);
     group_gradients_ = call_memory.take<T>(groups_ * group_size_);
+    losses_ = call_memory.take<double>(args_.tasks);
     import_list(plan_.fast, args_.fast, theta);
     for (const Factored& f : plan_.factored) {
       import_param(f.weight, static_cast<const T*>(args_.fast[f.param]), weights + f.weight.offset);
@@ -85,9 +87,18 @@ class Run {
         },
         this);
     sum_groups();
+    write_loss(losses_);
   }
 
  private:
+  // The mean over the tasks, in their order; of no tasks NaN, as torch's.
+  void write_loss(const double* losses) const {
+    if (mode_ != Mode::kMetaStep) return;
+    double sum = 0;
+    for (int64_t t = 0; t < args_.tasks; ++t) sum += losses[t];
+    *static_cast<T*>(args_.loss) = static_cast<T>(sum / static_cast<double>(args_.tasks));
+  }
+
   void check() const {
     for (const Param& p : plan_.fast.params) {
       if (p.layout == Layout::kNone) {
@@ -154,7 +165,7 @@ class Run {
     }
     if (mode_ == Mode::kMetaStep) {
       const T scale = T(1) / static_cast<T>(args_.tasks);
-      static_cast<T*>(args_.loss)[t] = args_.queries > 0 ? task.query_loss(scale) : T(0);
+      losses_[t] = args_.queries > 0 ? task.query_loss(scale) : 0;
     }
     if (wants_.backward) back(task, t, last, from_prediction && args_.queries > 0, sums);
   }
@@ -331,6 +342,7 @@ class Run {
   Wants wants_;
   int64_t rate_width_ = 0, rate_size_ = 0, group_size_ = 0, groups_ = 0;
   T* group_gradients_ = nullptr;
+  double* losses_ = nullptr;  // of each task
   std::vector<char> added_;
   const Common<T>* common_ = nullptr;
 };

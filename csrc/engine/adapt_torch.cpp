@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor, Tensor> meta_step(
   in.args.query_y = in.target(query_y, "query_y", in.args.queries);
   Outputs out(in, fast, shared, rates, support_x, query_x, first_order, wanted);
   Tensor prediction = bridge::empty(fast[0], in.prediction_shape(), in.dtype());
-  Tensor loss = bridge::empty(fast[0], {in.args.tasks}, in.dtype());
+  Tensor loss = bridge::empty(fast[0], {}, in.dtype());
   in.args.prediction = prediction.mutable_data_ptr();
   in.args.loss = loss.mutable_data_ptr();
   FASTMETA_DISPATCH(current_isa(), engine, meta_step, in.args, out.gradients, bridge::parallel_for);

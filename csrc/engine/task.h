@@ -122,12 +122,12 @@ class Task {
   }
 
   // The query loss; its gradient, times scale, goes to the prediction's cotangent if that is there.
-  T query_loss(T scale) {
+  double query_loss(T scale) {
     LossCall<T> x = loss_call(b_.query, c_.args.queries, c_.args.query_y);
-    if (x.g == nullptr) return static_cast<T>(loss_value(x));
+    if (x.g == nullptr) return loss_value(x);
     const double loss = loss_gradient(x);
     for (int64_t i = 0; i < c_.args.queries * c_.plan.out().row(); ++i) x.g[i] *= scale;
-    return static_cast<T>(loss);
+    return loss;
   }
 
   // From the prediction's cotangent: adds to the gradients of the factored layers' W_0, to

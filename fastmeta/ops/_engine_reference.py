@@ -146,7 +146,7 @@ def meta_step(
         losses.append(loss.detach())
         predictions.append(prediction.detach())
     return (
-        _stack(losses, rates.new_empty(0)),
+        _stack(losses, rates.new_empty(0)).mean(),
         _stack(predictions, query_x.new_empty(0, query_x.shape[1], *plan.output)),
         *total.gradients(),
     )

@@ -20,9 +20,9 @@ gradient that is asked for (`WANTED`); the others come back with shape [0].
 
 ``adapt`` returns the prediction Tensor[T, Q, ...], the adapted weights Tensor[T, ...] each (if
 ``weights``, else of shape [0]) and, if ``record``, what its backward wants to have kept.
-``meta_step`` returns each task's query loss Tensor[T], the prediction, and the gradients of the
-mean of these losses: forward and backward in one pass, task after task. Both gradients are exact; a
-second differentiation is refused.
+``meta_step`` returns the mean over the tasks of their query losses Tensor[], the prediction, and
+the gradients of this mean: forward and backward in one pass, task after task. Both gradients are
+exact; a second differentiation is refused.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _fake_meta_step(
     wanted: int,
 ) -> tuple[Any, ...]:
     return (
-        rates.new_empty(support_x.shape[0]),
+        rates.new_empty(()),
         _fake_prediction(program, support_x, query_x),
         *_fake_gradients(wanted, fast, shared, rates, support_x, query_x),
     )
