@@ -1,7 +1,10 @@
 // The launchers, compiled for the host, as a Python module. Arrays come as addresses: the tests own
 // them, place them on purpose (alignment, guard zones) and keep them alive.
+// One translation unit: pybind11 takes longer to compile than all of this.
 #include "bindings.h"
 
+#include "bindings_task_layers.h"
+#include "bindings_updates.h"
 #include "common/launch.cuh"
 #include "cuemu.h"
 #include "matching/matching_attention.h"
@@ -122,8 +125,8 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
 
   m.def("segment_mean", &mean);
   m.def("segment_mean_backward", &mean_backward);
-  bind_updates(m);
-  bind_task_layers(m);
+  update_bindings::bind(m);
+  layer_bindings::bind(m);
   m.def("convert_bfloat16", &convert<bfloat16>);
   m.def("convert_float16", &convert<float16>);
 

@@ -21,6 +21,3 @@ inline fastmeta::DType dtype_of(const std::string& name) {
                                                       {"float16", DType::kFloat16}};
   return dtypes.at(name);
 }
-
-void bind_task_layers(pybind11::module_& m);
-void bind_updates(pybind11::module_& m);

@@ -1,23 +1,25 @@
 // The launchers of the layers with weights for each task.
+#pragma once
 #include "bindings.h"
 #include "cuemu.h"
 #include "task_layers/task_batch_norm.h"
 #include "task_layers/task_conv2d.h"
 #include "task_layers/task_linear.h"
 
-using namespace fastmeta;  // NOLINT(build/namespaces): a test module
+namespace layer_bindings {
 
-namespace {
+using namespace fastmeta;  // NOLINT(build/namespaces): a test module
 
 using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, task, row, column
 
-task_layers::TaskMatrix matrix(const Strided& strided) {
+inline task_layers::TaskMatrix matrix(const Strided& strided) {
   const auto& [address, task, row, column] = strided;
   return {at(address), task, row, column};
 }
 
-void linear(const std::string& dtype, int64_t T, int64_t N, int64_t I, int64_t O, const Strided& x,
-            const Strided& weight, const Strided& bias, uintptr_t out, bool allow_tf32) {
+inline void linear(const std::string& dtype, int64_t T, int64_t N, int64_t I, int64_t O,
+                   const Strided& x, const Strided& weight, const Strided& bias, uintptr_t out,
+                   bool allow_tf32) {
   const task_layers::Linear args{
       dtype_of(dtype), T, N, I, O, matrix(x), matrix(weight), matrix(bias), at(out), allow_tf32};
   const auto workspace = cuemu::fresh_shared(task_layers::cuda::linear_workspace(args));
@@ -25,8 +27,9 @@ void linear(const std::string& dtype, int64_t T, int64_t N, int64_t I, int64_t O
 }
 
 // Tensors by the names of BatchNorm's fields; what is not given is nullptr.
-void batch_norm(const std::string& order, const std::string& dtype, int64_t T, int64_t N, int64_t C,
-                int64_t L, double eps, const std::map<std::string, uintptr_t>& tensors) {
+inline void batch_norm(const std::string& order, const std::string& dtype, int64_t T, int64_t N,
+                       int64_t C, int64_t L, double eps,
+                       const std::map<std::string, uintptr_t>& tensors) {
   const auto given = [&](const char* name) {
     const auto found = tensors.find(name);
     return at(found == tensors.end() ? 0 : found->second);
@@ -60,9 +63,9 @@ void batch_norm(const std::string& order, const std::string& dtype, int64_t T, i
 using PerTask = std::pair<uintptr_t, int64_t>;  // address, elements from task to task
 
 // Sizes in the order of Conv2d's fields.
-void conv2d(const std::string& order, const std::string& dtype,
-            const std::array<int64_t, 17>& sizes, const std::map<std::string, PerTask>& tensors,
-            uintptr_t out, bool allow_tf32) {
+inline void conv2d(const std::string& order, const std::string& dtype,
+                   const std::array<int64_t, 17>& sizes,
+                   const std::map<std::string, PerTask>& tensors, uintptr_t out, bool allow_tf32) {
   task_layers::Conv2d args{};
   args.dtype = dtype_of(dtype);
   int64_t* const fields[] = {&args.tasks,     &args.rows,      &args.channels,   &args.height,
@@ -95,10 +98,10 @@ void conv2d(const std::string& order, const std::string& dtype,
   }
 }
 
-}  // namespace
-
-void bind_task_layers(pybind11::module_& m) {
+inline void bind(pybind11::module_& m) {
   m.def("task_linear", &linear);
   m.def("task_conv2d", &conv2d);
   m.def("task_batch_norm", &batch_norm);
 }
+
+}  // namespace layer_bindings

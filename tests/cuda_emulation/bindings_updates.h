@@ -1,4 +1,5 @@
 // The launchers of the updates.
+#pragma once
 #include <pybind11/functional.h>
 
 #include <cstring>
@@ -10,13 +11,13 @@
 #include "update/momentum_update.h"
 #include "update/sgd_update.h"
 
-using namespace fastmeta;  // NOLINT(build/namespaces): a test module
+namespace update_bindings {
 
-namespace {
+using namespace fastmeta;  // NOLINT(build/namespaces): a test module
 
 using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, task stride, element stride
 
-update::Operand operand(const Strided& strided) {
+inline update::Operand operand(const Strided& strided) {
   const auto& [address, task_stride, element_stride] = strided;
   return {at(address), task_stride, element_stride};
 }
@@ -86,9 +87,7 @@ Call backward_of(void (*backward)(const Args&, void*, void*),
   };
 }
 
-}  // namespace
-
-void bind_updates(pybind11::module_& m) {
+inline void bind(pybind11::module_& m) {
   m.def("sgd", step_of<update::SgdTensor>(update::cuda::sgd));
   m.def("sgd_backward", backward_of<update::SgdBackwardTensor>(
                             update::cuda::sgd_backward, update::cuda::sgd_backward_workspace));
@@ -100,3 +99,5 @@ void bind_updates(pybind11::module_& m) {
   m.def("adam_backward", backward_of<update::AdamBackwardTensor>(
                              update::cuda::adam_backward, update::cuda::adam_backward_workspace));
 }
+
+}  // namespace update_bindings
