@@ -88,8 +88,7 @@ void run(const Backward& args, ParallelFor par) {
       &args,   1, p.num_queries > p.num_supports, nullptr, nullptr, nullptr, nullptr, nullptr,
       nullptr, {}};
   plan.chunks = gradient_chunks<A>(p, plan.split_queries, panels.count);
-  const bool large = p.num_supports > kWholeRows;
-  if (plan.chunks > 1 || large) {
+  if (plan.chunks > 1 || p.num_supports > kWholeRows) {
     const int64_t rows = tasks * p.num_supports, starts = tasks * (p.num_classes + 1);
     const int64_t jobs = tasks * plan.chunks;
     const bool split = plan.chunks > 1;
@@ -137,7 +136,7 @@ void run(const Backward& args, ParallelFor par) {
           &plan);
     }
   }
-  if (large) measure<S>(&plan, par);
+  if (p.num_supports > whole_rows(p)) measure<S>(&plan, par);
   const int64_t work = 3 * task_work(p) / plan.chunks;
   par(
       tasks * plan.chunks, max_of<int64_t>(1, kSerialWork / work),

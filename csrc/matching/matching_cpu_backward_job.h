@@ -9,8 +9,9 @@ namespace fastmeta::matching::FASTMETA_ISA {
 
 static thread_local Scratch backward_scratch;
 
-constexpr int64_t kHeldBytes = int64_t{128} << 10;  // slopes held together
+constexpr int64_t kHeldBytes = int64_t{320} << 10;  // slopes held together
 constexpr int64_t kScoreRows = 36;                  // supports scored at a time, in the L1 cache
+constexpr int64_t kOuterRows = 192;  // and multiplied with slopes, in the L2 cache with gradients
 
 struct BackwardPlan {
   const Backward* args;
@@ -80,13 +81,13 @@ struct BackwardJob {
     begin = 0, end = p.num_supports, c0 = 0, c1 = p.num_classes;
     if (!whole) {
       const int64_t valid = start[p.num_classes];
-      begin = by_query ? 0 : chunk_begin(start, p.num_classes, k, plan.chunks);
-      end = by_query ? valid : chunk_begin(start, p.num_classes, k + 1, plan.chunks);
+      begin = by_query ? 0 : chunk_begin(start, p.num_classes, k, plan.chunks, whole_rows(p));
+      end = by_query ? valid : chunk_begin(start, p.num_classes, k + 1, plan.chunks, whole_rows(p));
       while (c0 < p.num_classes && start[c0 + 1] <= begin) ++c0;
       while (c1 > c0 && start[c1 - 1] >= end) --c1;
     }
     rows = block_rows<A>(p.num_supports, p.dim);
-    capacity = min_of(kWholeRows, p.num_supports);
+    capacity = largest_block();
     resident = (end - begin) * p.dim * static_cast<int64_t>(sizeof(A)) <= kResidentBytes;
     constexpr int64_t kPanelBytes = kMaxLanes * static_cast<int64_t>(sizeof(A));
     held = kHeldBytes / (max_of<int64_t>(1, capacity) * kPanelBytes);
@@ -146,6 +147,18 @@ struct BackwardJob {
     query_rows = scratch.take<const A*>(group_lanes);
     grad_query_rows = scratch.take<A*>(group_lanes);
     grad_support_rows = scratch.take<A*>(slots);
+  }
+
+  // Supports of the largest block there will be.
+  int64_t largest_block() const {
+    if (plan.order == nullptr) return p.num_supports;  // few
+    if (nll) return max_of(rows, min_of(kWholeRows, p.num_supports));
+    int64_t most = rows;
+    for (int64_t c = c0; c < c1; ++c) {
+      const int64_t size = start[c + 1] - start[c];
+      if (size <= kWholeRowsBackward) most = max_of(most, size);
+    }
+    return most;
   }
 
   // Makes ready panel i of the group that begins at panel g.
@@ -315,6 +328,22 @@ struct BackwardJob {
       runs[i] = {tile, width, 1, x[i].rows, x[i].count, supports};
     }
     if (additive) return scale_sum;
+    const int64_t parts = ceil_div(n, kOuterRows);
+    for (int64_t i = 0, r = 0; i < parts; ++i) {
+      const int64_t m = n * (i + 1) / parts - r;
+      multiply(x, count, supports + r, to + r, m, add_query || r > 0, add_support);
+      for (int64_t j = 0; j < count; ++j) {
+        runs[j].coef += m * runs[j].step_m;
+        runs[j].own += m;
+      }
+      r += m;
+    }
+    return scale_sum;
+  }
+
+  // Adds to the gradients of `count` panels from x on and of n supports, from the slopes in `runs`.
+  void multiply(const GradientPanel<A>* x, int64_t count, const A* const* supports, A* const* to,
+                int64_t n, bool add_query, bool add_support) const {
     const int64_t step = block_columns<A>(n);
     for (int64_t d = 0; d < p.dim; d += step) {
       for (int64_t i = 0; i < count; ++i) {
@@ -328,7 +357,6 @@ struct BackwardJob {
     for (int64_t d = 0; d < p.dim; d += columns) {
       outer(Outer<A>{runs, count, to, add_support}, p.similarity, n, d, min_of(p.dim, d + columns));
     }
-    return scale_sum;
   }
 
   void run(int64_t index) {
@@ -339,7 +367,7 @@ struct BackwardJob {
       int64_t first_class = c0;
       int64_t n = 0;
       for (int64_t at = begin; at < end; at += n) {
-        n = block_size(start, p.num_classes, at, end, rows, nll);
+        n = block_size(start, p.num_classes, at, end, rows, whole_rows(p), nll);
         const int64_t slot = resident ? at - begin : 0;
         if (!resident || g == first) open_block(at, n, slot);
         while (start[first_class + 1] <= at) ++first_class;

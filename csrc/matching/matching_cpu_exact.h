@@ -14,7 +14,7 @@
 namespace fastmeta::matching::FASTMETA_ISA {
 
 // Per task, part of its sorted supports and entry a maximum and a sum, lanes apart. Entries are the
-// classes above kWholeRows in order; for nll all supports (0) and those of the target (1).
+// classes above kWholeRowsBackward in order; for nll all supports (0) and those of the target (1).
 struct Exact {
   int64_t entries = 0, parts = 1;
   int64_t panel_jobs = 1;  // ranges of panels, each with a job for every part
@@ -22,7 +22,7 @@ struct Exact {
 };
 
 static inline bool is_large(const int64_t* start, int64_t c) {
-  return start[c + 1] - start[c] > kWholeRows;
+  return start[c + 1] - start[c] > kWholeRowsBackward;
 }
 static inline int64_t count_large(const int64_t* start, int64_t c0, int64_t c1) {
   int64_t count = 0;

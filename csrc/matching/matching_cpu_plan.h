@@ -66,25 +66,25 @@ static inline int64_t class_at(const int64_t* start, int64_t num_classes, int64_
   return low;
 }
 
-// Where chunk `index` of the sorted supports begins: not within a class of at most kWholeRows.
+// Where chunk `index` of the sorted supports begins: not within a class of at most `whole` rows.
 static inline int64_t chunk_begin(const int64_t* start, int64_t num_classes, int64_t index,
-                                  int64_t chunks) {
+                                  int64_t chunks, int64_t whole) {
   const int64_t valid = start[num_classes], at = valid * index / chunks;
   if (at == valid) return valid;
   const int64_t c = class_at(start, num_classes, at);
-  return start[c + 1] - start[c] <= kWholeRows ? start[c] : at;
+  return start[c + 1] - start[c] <= whole ? start[c] : at;
 }
 
 // Supports in the block that begins at `at`, about `rows` and none past `end`: whole classes, but
-// for those above kWholeRows. together: a task of at most kWholeRows is one block.
+// for those above `whole` rows. together: a task of at most `whole` rows is one block.
 static inline int64_t block_size(const int64_t* start, int64_t num_classes, int64_t at, int64_t end,
-                                 int64_t rows, bool together) {
-  if (together && at == 0 && end == start[num_classes] && end <= kWholeRows) return end;
+                                 int64_t rows, int64_t whole, bool together) {
+  if (together && at == 0 && end == start[num_classes] && end <= whole) return end;
   const int64_t n = min_of(rows, end - at);
   if (n == end - at) return n;
   const int64_t c = class_at(start, num_classes, at + n - 1);
   const int64_t size = start[c + 1] - start[c];
-  if (start[c + 1] == at + n || size > kWholeRows) return n;
+  if (start[c + 1] == at + n || size > whole) return n;
   return start[c] > at ? start[c] - at : size;
 }
 

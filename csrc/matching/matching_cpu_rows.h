@@ -10,8 +10,14 @@
 
 namespace fastmeta::matching::FASTMETA_ISA {
 
-// Classes up to this size are never cut in the backward, by block or by chunk.
+// Classes, and for nll tasks, of up to so many supports are never cut by a block or a chunk. In the
+// backward a class that is cut costs one more product; above 1280 rows holding its slopes with 64
+// queries, which then fill the second-level cache, costs more.
 constexpr int64_t kWholeRows = 256;
+constexpr int64_t kWholeRowsBackward = 1280;
+static inline int64_t whole_rows(const Problem& p) {
+  return p.targets != nullptr ? kWholeRows : kWholeRowsBackward;
+}
 
 constexpr int kRowQueries = 4;
 constexpr int kRowSupports = kMaxVectors == 4 ? 6 : 3;

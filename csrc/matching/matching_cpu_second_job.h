@@ -390,7 +390,7 @@ struct SecondJob {
   void for_blocks(const F& f) const {
     int64_t first_class = c0, n = 0;
     for (int64_t at = begin; at < end; at += n) {
-      n = block_size(start, p.num_classes, at, end, rows, nll);
+      n = block_size(start, p.num_classes, at, end, rows, kWholeRows, nll);
       while (start[first_class + 1] <= at) ++first_class;
       f(at, n, resident ? at - begin : 0, first_class);
     }

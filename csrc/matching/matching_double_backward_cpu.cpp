@@ -51,8 +51,9 @@ void run_job(const SecondPlan& plan, int64_t index) {
   const bool by_support = split && !plan.split_queries;
   const int64_t first = by_query ? panels.count * k / plan.chunks : 0;
   const int64_t last = by_query ? panels.count * (k + 1) / plan.chunks : panels.count;
-  const int64_t begin = by_support ? chunk_begin(start, classes, k, plan.chunks) : 0;
-  const int64_t end = by_support ? chunk_begin(start, classes, k + 1, plan.chunks) : start[classes];
+  const int64_t begin = by_support ? chunk_begin(start, classes, k, plan.chunks, kWholeRows) : 0;
+  const int64_t end =
+      by_support ? chunk_begin(start, classes, k + 1, plan.chunks, kWholeRows) : start[classes];
   A* partial = nullptr;
   if (split) {
     const int64_t rows = by_query ? p.num_supports : p.num_queries;
