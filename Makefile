@@ -107,10 +107,10 @@ AVX512 := build/avx512-emulation
 test-avx512: build
 	$(call say, the AVX-512 kernels with AVX2 instructions: compiled (minutes) and tested)
 	@rm -rf $(AVX512)/tests && mkdir -p $(AVX512) && git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(AVX512)
-	@cd $(AVX512) && export PYTHONPATH=$$PWD FASTMETA_BACKEND=native FASTMETA_CPU_ISA=avx512 && \
+	@cd $(AVX512) && export PYTHONPATH=$$PWD FASTMETA_BACKEND=native FASTMETA_CPU_ISA=avx512_bf16 && \
 	  REAL_CXX="$${CXX:-g++}" CXX=$$PWD/tests/avx512_emulation/c++ FASTMETA_CUDA=0 \
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace && \
-	  $(abspath $(BIN))/python -c 'import fastmeta; assert fastmeta.backend_info()["isa"] == "avx512"' && \
+	  $(abspath $(BIN))/python -c 'import fastmeta; assert fastmeta.backend_info()["isa"] == "avx512_bf16"' && \
 	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) --ignore=tests/cuda_emulation --ignore=tests/packaging \
 	    tests $(PYTEST_ARGS)
 

@@ -7,10 +7,13 @@
 
 namespace fastmeta {
 
-enum class Isa : int { kBaseline, kAvx2, kAvx512 };
+// kAvx512Bf16 runs the kernels of kAvx512, which take dot products of bfloat16 where they have
+// some.
+enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(isa)];
 }
 
 // The best set that both this build and this machine have.
@@ -18,7 +21,7 @@ inline Isa best_isa() {
 #if defined(FASTMETA_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
@@ -30,11 +33,11 @@ inline Isa best_isa() {
 
 // The set named by text; throws std::invalid_argument for any other text.
 inline Isa parse_isa(const std::string& text) {
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (text == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("FASTMETA_CPU_ISA must be baseline, avx2 or avx512, got '" + text +
-                              "'");
+  throw std::invalid_argument(
+      "FASTMETA_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got '" + text + "'");
 }
 
 // Chosen once: the best set, or a lower one that FASTMETA_CPU_ISA names. It never goes above the
@@ -58,6 +61,7 @@ inline Isa current_isa() { return mutable_isa(); }
   do {                                                       \
     switch (isa) {                                           \
       case ::fastmeta::Isa::kAvx512:                         \
+      case ::fastmeta::Isa::kAvx512Bf16:                     \
         ::fastmeta::family::avx512::function(__VA_ARGS__);   \
         break;                                               \
       case ::fastmeta::Isa::kAvx2:                           \
