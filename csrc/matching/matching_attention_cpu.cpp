@@ -223,7 +223,8 @@ void run_job(const Plan& plan, int64_t index) {
   const int64_t rows = block_rows<A>(p.num_supports, p.dim);
   constexpr int kMaxLanes = kMaxVectors * kWidth<A>;
 
-  const bool by_rows = scores_by_rows<S>(p), copy = copies_rows<S>(p.dim) && !by_rows;
+  const bool by_rows = scores_by_rows<S>(p),
+             copy = copies_rows<S>(p.dim) && !by_rows && !scores_by_pairs<S>(p);
   const int64_t packed_size = by_rows ? 0 : lanes * p.dim;
   Scratch& scratch = job_scratch;
   const int64_t sort_rows = whole ? p.num_supports : 0,
@@ -332,7 +333,7 @@ void run_job(const Plan& plan, int64_t index) {
         if (by_rows) {
           score_rows<A, kNV>(block.rows, n, x.rows, x.count, p.dim, finish, tile);
         } else {
-          score_block<A, kNV>(block.rows, n, x.packed, p.dim, task.weight, finish, tile);
+          block.template score<kNV>(p, 0, n, x.packed, task.weight, finish, tile);
         }
         if (scores != nullptr) {
           const int64_t lanes = kept_lanes(p), end = i + 1 < panels.count ? 0 : lanes - x.query;

@@ -60,6 +60,9 @@ struct Operands {
                       shared_scale ? 0 : 1,
                       nullptr,
                       0};
+#if !defined(FASTMETA_CUDA)
+    problem.bf16_dots = current_isa() == Isa::kAvx512Bf16;
+#endif
     if (t.has_value()) {
       bridge::check_shape(*t, "targets", {tasks, queries});
       bridge::check_dtype(*t, "targets", ScalarType::Long);

@@ -278,7 +278,6 @@ struct BackwardJob {
     if (args.scores != nullptr) return;
     for (int64_t r = 0; r < n; r += kScoreRows) {
       const int64_t m = min_of(kScoreRows, n - r);
-      const A* const* supports = block.rows + slot + r;
       for (int64_t i = 0; i < count; ++i) {
         const Finish<A> finish{p.similarity, block.terms + slot + r,
                                needs_norms(p.similarity) ? x[i].terms : nullptr, A(1)};
@@ -286,9 +285,10 @@ struct BackwardJob {
         with_vectors(x[i].vectors, [&](auto nv) {
           constexpr int kNV = decltype(nv)::value;
           if (by_rows) {
-            score_rows<A, kNV>(supports, m, x[i].rows, x[i].count, p.dim, finish, tile);
+            score_rows<A, kNV>(block.rows + slot + r, m, x[i].rows, x[i].count, p.dim, finish,
+                               tile);
           } else {
-            score_block<A, kNV>(supports, m, x[i].packed, p.dim, task.weight, finish, tile);
+            block.template score<kNV>(p, slot + r, m, x[i].packed, task.weight, finish, tile);
           }
         });
       }

@@ -67,7 +67,7 @@ static void measure_classes(const Problem& p, const Exact& exact, const int64_t*
   const int64_t begin = start[classes] * part / exact.parts;
   const int64_t end = start[classes] * (part + 1) / exact.parts;
   const int64_t rows = block_rows<A>(p.num_supports, p.dim), lanes = panels.lanes();
-  const bool nll = p.targets != nullptr, copy = copies_rows<S>(p.dim);
+  const bool nll = p.targets != nullptr, copy = copies_rows<S>(p.dim) && !scores_by_pairs<S>(p);
   scratch.reset(Block<S>::bytes(rows, p.dim, copy) + Scratch::size_of<A>(rows * kMaxLanes) +
                 Scratch::size_of<A>(own_lanes * p.dim) + Scratch::size_of<A>(own_lanes) +
                 Scratch::size_of<IntVec<A>>(own_lanes / kW));
@@ -116,7 +116,7 @@ static void measure_classes(const Problem& p, const Exact& exact, const int64_t*
                              needs_norms(p.similarity) ? terms + own : nullptr, A(1)};
       with_vectors(panels.vectors_in(i), [&](auto nv) {
         constexpr int kNV = decltype(nv)::value, kL = kNV * kW;
-        score_block<A, kNV>(block.rows, n, packed + own * p.dim, p.dim, task.weight, finish, tile);
+        block.template score<kNV>(p, 0, n, packed + own * p.dim, task.weight, finish, tile);
         int64_t e = entry;
         for_classes(start, first_class, at, n, [&](int64_t c, int64_t row, int64_t to) {
           const auto take = [&](int64_t into, const auto& hit) {

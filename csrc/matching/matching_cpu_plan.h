@@ -4,6 +4,7 @@
 
 #include "common/class_order.h"
 #include "common/scratch.h"
+#include "matching/matching_cpu_bf16.h"
 #include "matching/matching_cpu_rows.h"
 
 namespace fastmeta::matching::FASTMETA_ISA {
@@ -150,9 +151,16 @@ template <class S>
 static void pack_panel(const Problem& p, const S* query, int count, int lanes, Acc<S>* packed,
                        Acc<S>* terms) {
   using A = Acc<S>;
-  pack_transposed(query, p.dim, p.dim, count, lanes, packed);
+  if (scores_by_pairs<S>(p)) {
+    if constexpr (kPairs<S>) {
+      pack_pairs(query, p.dim, count, lanes, packed);
+      if (needs_norms(p.similarity)) pair_norms(packed, p.dim, lanes, terms);
+    }
+  } else {
+    pack_transposed(query, p.dim, p.dim, count, lanes, packed);
+    if (needs_norms(p.similarity)) panel_norms<A>(packed, p.dim, lanes, terms);
+  }
   if (!needs_norms(p.similarity)) return;
-  panel_norms<A>(packed, p.dim, lanes, terms);
   if (p.similarity == Similarity::kSqEuclidean) return;
   for (int l = 0; l < lanes; l += kWidth<A>) {
     const Vec<A> x = load(terms + l);
@@ -206,17 +214,20 @@ static void prefetch_rows(const S* rows, const int64_t* order, int64_t count, in
   }
 }
 
-// A block of supports in class order: rows in accumulation type and norm terms.
+// A block of supports in class order: rows in accumulation type and norm terms; where scores may be
+// made by pairs, the rows as they are as well, and those converted only if `copy` says so.
 template <class S>
 struct Block {
   using A = Acc<S>;
   static int64_t bytes(int64_t rows, int64_t dim, bool copy) {
     return Scratch::size_of<const A*>(rows) + Scratch::size_of<A>(rows) +
+           Scratch::size_of<const S*>(kPairs<S> ? rows : 0) +
            (copy ? Scratch::size_of<A>(rows * copy_stride<S>(dim)) : 0);
   }
   void allocate(Scratch& scratch, int64_t capacity, int64_t dim, bool copy) {
     rows = scratch.take<const A*>(capacity);
     terms = scratch.take<A>(capacity);
+    given = scratch.take<const S*>(kPairs<S> ? capacity : 0);
     copies = copy ? scratch.take<A>(capacity * copy_stride<S>(dim)) : nullptr;
   }
   // Rows order[0..count) of `support` to slots from `slot` on.
@@ -231,13 +242,27 @@ struct Block {
       } else if constexpr (!kIsHalf<S>) {
         rows[r] = from;
       }
+      if constexpr (kPairs<S>) given[r] = from;
       if (needs_norms(p.similarity)) {
-        terms[r] = norm_term(p.similarity, squared_norm(rows[r], p.dim));
+        terms[r] = norm_term(p.similarity,
+                             kPairs<S> ? squared_norm(from, p.dim) : squared_norm(rows[r], p.dim));
       }
     }
   }
+  // score_block() of rows [slot, slot + n) with a panel that pack_panel() made.
+  template <int NV>
+  void score(const Problem& p, int64_t slot, int64_t n, const A* panel, const A* weight,
+             const Finish<A>& finish, A* tile) const {
+    if constexpr (kPairs<S>) {
+      if (scores_by_pairs<S>(p)) {
+        return score_pairs(Int<NV>{}, given + slot, n, panel, p.dim, finish, tile);
+      }
+    }
+    score_block<A, NV>(rows + slot, n, panel, p.dim, weight, finish, tile);
+  }
   const A** rows;
   A* terms;
+  const S** given;
   A* copies;
 };
 

@@ -116,6 +116,7 @@ struct SecondJob {
   }
 
   static Problem as_products(Problem problem) {
+    problem.bf16_dots = scores_by_pairs<S>(problem);
     problem.similarity = Similarity::kDot;
     return problem;
   }
@@ -219,7 +220,12 @@ struct SecondJob {
 
   // <q, q'> per lane, under cosine times the inverse squared norm.
   void panel_stretch(const SecondPanel<A>& x, int width) const {
-    for (int l = 0; l < width; l += kW) {
+    for (int l = 0; l < width && scores_by_pairs<S>(p); ++l) {
+      const A term = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
+      const bool none = query_dot == nullptr || l >= x.count || !needs_norms(p.similarity);
+      x.stretch[l] = none ? A(0) : term * dot_row(x.rows[l], x.rows_dot[l]);
+    }
+    for (int l = 0; l < width && !scores_by_pairs<S>(p); l += kW) {
       Vec<A> sum{};
       for (int64_t d = 0; query_dot != nullptr && d < p.dim; ++d) {
         sum += load(x.packed + d * width + l) * load(x.packed_dot + d * width + l);
@@ -304,7 +310,7 @@ struct SecondJob {
     const A* const* dots_at = has_support_dot ? block_dot.rows + slot : nullptr;
     const Finish<A> finish{p.similarity, block.terms + slot,
                            needs_norms(p.similarity) ? x.terms : nullptr, A(1)};
-    score_block<A, NV>(rows_at, n, x.packed, p.dim, task.weight, finish, sims);
+    block.template score<NV>(p, slot, n, x.packed, task.weight, finish, sims);
     if (p.similarity == Similarity::kEuclidean) {
       tangent_euclidean<A, NV>(rows_at, dots_at, n, x.packed, x.packed_dot, p.dim, sims, tangent);
     } else if (additive) {
@@ -313,12 +319,12 @@ struct SecondJob {
     } else {
       const Finish<A> product{Similarity::kDot, nullptr, nullptr, A(1)};
       if (x.packed_dot != nullptr) {
-        score_block<A, NV>(rows_at, n, x.packed_dot, p.dim, nullptr, product, tangent);
+        block.template score<NV>(plain, slot, n, x.packed_dot, nullptr, product, tangent);
       } else {
         for (int64_t i = 0; i < n * kL; ++i) tangent[i] = 0;
       }
       if (dots_at != nullptr) {
-        score_block<A, NV>(dots_at, n, x.packed, p.dim, nullptr, product, spare);
+        block_dot.template score<NV>(plain, slot, n, x.packed, nullptr, product, spare);
         for (int64_t i = 0; i < n * kL; i += kW)
           store(tangent + i, load(tangent + i) + load(spare + i));
       }

@@ -134,8 +134,9 @@ static void panel_norms(const A* panel, int64_t dim, int lanes, A* out) {
   }
 }
 
-template <class A>
-static A squared_norm(const A* x, int64_t dim) {
+template <class S>
+static Acc<S> squared_norm(const S* x, int64_t dim) {
+  using A = Acc<S>;
   constexpr int kW = kWidth<A>;
   Vec<A> a{}, b{}, c{}, e{};
   int64_t d = 0;
@@ -213,6 +214,35 @@ FASTMETA_INLINE Vec<A> finish_score(Vec<A> x, const Finish<A>& finish, int64_t r
   return x * finish.factor;
 }
 
+// The end of a tile's pass over some features: sums join those of the passes before, and the last
+// makes scores of them.
+template <class A, Inner kInner, int NV, int MR>
+FASTMETA_INLINE void store_scores(Vec<A> (&sum)[MR][NV], bool first, bool last,
+                                  const Finish<A>& finish, int64_t r0, A* tile) {
+  constexpr int kW = kWidth<A>, kL = NV * kW;
+  if (!first) {
+    FASTMETA_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      FASTMETA_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += load(tile + r * kL + v * kW);
+    }
+  }
+  if (last) {
+    FASTMETA_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      FASTMETA_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        sum[r][v] = finish_score<A, kInner>(sum[r][v], finish, r0 + r, v * kW);
+      }
+    }
+  }
+  FASTMETA_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) store(tile + r * kL + v * kW, sum[r][v]);
+  }
+}
+
 template <class A, Inner kInner, int NV, int MR>
 static inline void score_tile(const A* const* rows, const A* panel, int64_t begin, int64_t end,
                               bool last, const Finish<A>& finish, int64_t r0, A* tile) {
@@ -246,27 +276,7 @@ static inline void score_tile(const A* const* rows, const A* panel, int64_t begi
       }
     }
   }
-  if (begin > 0) {
-    FASTMETA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += load(tile + r * kL + v * kW);
-    }
-  }
-  if (last) {
-    FASTMETA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      FASTMETA_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        sum[r][v] = finish_score<A, kInner>(sum[r][v], finish, r0 + r, v * kW);
-      }
-    }
-  }
-  FASTMETA_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    FASTMETA_UNROLL
-    for (int v = 0; v < NV; ++v) store(tile + r * kL + v * kW, sum[r][v]);
-  }
+  store_scores<A, kInner, NV, MR>(sum, begin == 0, last, finish, r0, tile);
 }
 template <class A, Inner kInner, int NV, int MR>
 static inline void score_rest(int64_t n, const A* const* rows, const A* panel, int64_t begin,

@@ -19,6 +19,7 @@ namespace fastmeta_avx512_emulation {
 typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef unsigned short Halves __attribute__((vector_size(32)));
+typedef unsigned short Shorts __attribute__((vector_size(64)));
 
 template <class Half>
 struct Two {
@@ -76,6 +77,30 @@ static inline void masked_store(T* p, unsigned mask, Whole x) {
   }
 }
 
+// Sums of two products a lane, of bfloat16 in the halves of words: the upper product is added
+// first, each with one rounding to nearest; what is below the normal range is zero, before and
+// after.
+static inline __m256 flushed(__m256 x) {
+  const __m256 tiny = _mm256_set1_ps(0x1p-126f), sign = _mm256_set1_ps(-0.0f);
+  const __m256 is_tiny = _mm256_cmp_ps(_mm256_andnot_ps(sign, x), tiny, _CMP_LT_OQ);
+  return _mm256_andnot_ps(_mm256_andnot_ps(sign, is_tiny), x);
+}
+static inline __m256 dot_pairs(__m256 sum, __m256i a, __m256i b) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const auto add = [](__m256 s, __m256i x, __m256i y) {
+    return flushed(_mm256_fmadd_ps(flushed(_mm256_castsi256_ps(x)), flushed(_mm256_castsi256_ps(y)),
+                                   flushed(s)));
+  };
+  sum = add(sum, _mm256_and_si256(a, upper), _mm256_and_si256(b, upper));
+  return add(sum, _mm256_slli_epi32(a, 16), _mm256_slli_epi32(b, 16));
+}
+static inline Floats dot_pairs(Floats sum, Floats a, Floats b) {
+  const auto s = __builtin_bit_cast(Two<__m256>, sum);
+  const auto x = __builtin_bit_cast(Two<__m256i>, a), y = __builtin_bit_cast(Two<__m256i>, b);
+  return __builtin_bit_cast(Floats, Two<__m256>{{dot_pairs(s.half[0], x.half[0], y.half[0]),
+                                                 dot_pairs(s.half[1], x.half[1], y.half[1])}});
+}
+
 static inline Floats from_halves(Halves h) {
   const auto x = __builtin_bit_cast(Two<__m128i>, h);
   return __builtin_bit_cast(Floats,
@@ -103,6 +128,11 @@ static inline void stream(double* p, Doubles x) {
 #define FASTMETA_EMULATED ::fastmeta_avx512_emulation::
 #define __m512 FASTMETA_EMULATED Floats
 #define __m512d FASTMETA_EMULATED Doubles
+#define __m512bh FASTMETA_EMULATED Floats
+#define FASTMETA_BF16_TARGET
+#define _mm512_dpbf16_ps FASTMETA_EMULATED dot_pairs
+#define _mm512_maskz_loadu_epi16(mask, p) \
+  FASTMETA_EMULATED masked_load<FASTMETA_EMULATED Shorts>(mask, (const unsigned short*)(p))
 #define _mm512_maskz_max_ps FASTMETA_EMULATED max_ps
 #define _mm512_maskz_min_ps FASTMETA_EMULATED min_ps
 #define _mm512_maskz_sqrt_ps FASTMETA_EMULATED sqrt_ps

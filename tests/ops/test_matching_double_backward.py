@@ -129,12 +129,14 @@ def test_error_is_within_twice_pytorchs_own(similarity, fused):
         assert error(value, expected) <= 2 * error(own, expected) + 4e-6 * size
 
 
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_low_precision_rounds_its_results_only(similarity, dtype):
-    case = CASES[3]
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], *LARGE], ids=lambda c: c.name)
+def test_low_precision_rounds_its_results_only(case, similarity, dtype, isa):
     truth = truth_of(case, similarity, dtype, False, PARTS["all"])
-    found = ours(case, similarity, dtype, False, PARTS["all"])
+    with use_isa(isa):
+        found = ours(case, similarity, dtype, False, PARTS["all"])
     assert [g.dtype for g in found[1:3]] == [dtype, dtype]
     for value, expected in zip(found, truth, strict=True):
         # The first derivatives are rounded to dtype, and so are their weights in the score.
