@@ -67,7 +67,7 @@ struct Problem {
   const void* weight;  // acc, [T, D] or, with weight_stride 0, [1, D]; additive only, else nullptr
   int64_t weight_stride;    // D or 0
   bool allow_tf32 = false;  // CUDA: float32 products may be rounded to TF32
-  bool bf16_dots = false;   // CPU: the machine has AVX512-BF16, for the scores of bfloat16
+  bool bf16_dots = false;   // CPU: the machine has AVX512-BF16, for products of bfloat16
 };
 
 // CPU: tasks whose slopes dL/dz, or similarities, fit the second-level cache: float and double, at

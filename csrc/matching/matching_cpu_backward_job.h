@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "matching/matching_cpu_bf16_outer.h"
 #include "matching/matching_cpu_exact.h"
 #include "matching/matching_cpu_outer.h"
 
@@ -38,6 +39,7 @@ struct BackwardJob {
   const Task<S> task;
   const int64_t t, k;  // task and chunk
   const bool nll, additive, whole, by_query, by_rows;
+  const bool pairs;  // scores and gradients by pairs: rows of words in place of converted ones
   const Panels<A> panels;
   int64_t first, last;  // panels
   const int64_t *order, *start;
@@ -52,12 +54,13 @@ struct BackwardJob {
   Block<S> block;
   GradientPanel<A>* panel;
   A *slopes, *weights, *packed, *arrays, *grad_sum, *query_copies, *grad_query_copies,
-      *grad_support_copies;
+      *grad_support_copies, *support_pairs, *lane_scales, *row_scales;
   A* grad_weight;
   A* partial;
   IntVec<A>* targets;
-  Vec<A>* row_own;
-  OuterRun<A>* runs;  // [held]
+  Vec<A>*row_own, *row_most;
+  OuterRun<A>* runs;   // [held]
+  PairRun* pair_runs;  // [held]
   const A** query_rows;
   A **grad_query_rows, **grad_support_rows;
 
@@ -73,6 +76,7 @@ struct BackwardJob {
         whole(plan_.chunks == 1),
         by_query(!whole && plan_.split_queries),
         by_rows(scores_by_rows<S>(p)),
+        pairs(scores_by_pairs<S>(p)),
         panels(p.num_queries) {
     first = by_query ? panels.count * k / plan.chunks : 0;
     last = by_query ? panels.count * (k + 1) / plan.chunks : panels.count;
@@ -107,20 +111,24 @@ struct BackwardJob {
     const int64_t query_copied = copies_rows<S>(dim) ? group_lanes * stride : 0;
     const int64_t half_rows = kIsHalf<S> ? group_lanes * dim : 0;
     const int64_t half_supports = kIsHalf<S> ? slots * dim : 0;
-    const bool sorts = plan.order == nullptr;
+    const int64_t paired = pairs ? slots * stride : 0;
+    const bool sorts = plan.order == nullptr, copy = copies_rows<S>(dim) && !pairs;
     const int64_t own_rows = sorts ? p.num_supports : 0,
                   own_classes = sorts ? p.num_classes + 1 : 0;
-    scratch.reset(Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
-                  Scratch::size_of<GradientPanel<A>>(group) +
-                  Block<S>::bytes(slots, dim, copies_rows<S>(dim)) +
-                  Scratch::size_of<A>(held * capacity * kMaxLanes) +
-                  Scratch::size_of<A>(capacity * kMaxLanes) + Scratch::size_of<OuterRun<A>>(held) +
-                  Scratch::size_of<A>(group_lanes * dim) +
-                  Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
-                  Scratch::size_of<A>(query_copied) + Scratch::size_of<A>(half_rows) +
-                  Scratch::size_of<A>(half_supports) + Scratch::size_of<A>(additive ? dim : 0) +
-                  Scratch::size_of<IntVec<A>>(group_lanes / kW) + Scratch::size_of<Vec<A>>(slots) +
-                  2 * Scratch::size_of<A*>(group_lanes) + Scratch::size_of<A*>(slots));
+    scratch.reset(
+        Scratch::size_of<int64_t>(own_rows) + Scratch::size_of<int64_t>(own_classes) +
+        Scratch::size_of<GradientPanel<A>>(group) + Block<S>::bytes(slots, dim, copy) +
+        Scratch::size_of<A>(paired) + Scratch::size_of<A>(held * slope_rows(capacity) * kMaxLanes) +
+        Scratch::size_of<A>(capacity * kMaxLanes) + Scratch::size_of<OuterRun<A>>(held) +
+        Scratch::size_of<PairRun>(pairs ? held : 0) +
+        Scratch::size_of<A>(pairs ? held * kMaxLanes : 0) +
+        Scratch::size_of<A>(pairs ? capacity + kW : 0) +
+        Scratch::size_of<Vec<A>>(pairs ? capacity : 0) + Scratch::size_of<A>(group_lanes * dim) +
+        Scratch::size_of<A>(group_lanes * tables) + Scratch::size_of<A>(kMaxLanes) +
+        Scratch::size_of<A>(query_copied) + Scratch::size_of<A>(half_rows) +
+        Scratch::size_of<A>(half_supports) + Scratch::size_of<A>(additive ? dim : 0) +
+        Scratch::size_of<IntVec<A>>(group_lanes / kW) + Scratch::size_of<Vec<A>>(slots) +
+        2 * Scratch::size_of<A*>(group_lanes) + Scratch::size_of<A*>(slots));
     if (sorts) {
       int64_t* own_order = scratch.take<int64_t>(own_rows);
       int64_t* own_start = scratch.take<int64_t>(own_classes);
@@ -131,9 +139,14 @@ struct BackwardJob {
       end = start[p.num_classes];
     }
     panel = scratch.take<GradientPanel<A>>(group);
-    block.allocate(scratch, slots, dim, copies_rows<S>(dim));
-    slopes = scratch.take<A>(held * capacity * kMaxLanes);
+    block.allocate(scratch, slots, dim, copy);
+    support_pairs = scratch.take<A>(paired);
+    slopes = scratch.take<A>(held * slope_rows(capacity) * kMaxLanes);
     runs = scratch.take<OuterRun<A>>(held);
+    pair_runs = scratch.take<PairRun>(pairs ? held : 0);
+    lane_scales = scratch.take<A>(pairs ? held * kMaxLanes : 0);
+    row_scales = scratch.take<A>(pairs ? capacity + kW : 0);
+    row_most = scratch.take<Vec<A>>(pairs ? capacity : 0);
     weights = scratch.take<A>(capacity * kMaxLanes);
     packed = scratch.take<A>(group_lanes * dim);
     arrays = scratch.take<A>(group_lanes * tables);
@@ -180,7 +193,11 @@ struct BackwardJob {
     x.grad = grad_query_rows + at;
     const S* query = task.query + x.query * dim;
     for (int l = 0; l < width; ++l) x.own[l] = 0;
-    take_rows(query, dim, x.count, query_copies + at * copy_stride<S>(dim), x.rows);
+    A* copies = query_copies + at * copy_stride<S>(dim);
+    if (!pairs) take_rows(query, dim, x.count, copies, x.rows);
+    if constexpr (kPairs<S>) {
+      if (pairs) interleave(x.count, dim, copies, [&](int64_t l) { return query + l * dim; });
+    }
     for (int l = 0; l < x.count; ++l) {
       if (!whole && !by_query) {
         x.grad[l] = partial + (x.query + l) * dim;
@@ -225,10 +242,22 @@ struct BackwardJob {
     }
   }
 
+  // Adds to a gradient what goes along its own vector: `row`, or where there are pairs `given`.
+  void add_own(A* grad, A own, A term, const A* row, [[maybe_unused]] const S* given) const {
+    if constexpr (kPairs<S>) {
+      if (pairs) {
+        own = own_of(p.similarity, own, grad, given, p.dim);
+        return add_scaled(grad, own * own_factor(p.similarity, term), given, p.dim);
+      }
+    }
+    add_scaled(grad, own * own_factor(p.similarity, term), row, p.dim);
+  }
+
   void close_panel(const GradientPanel<A>& x) {
     for (int l = 0; l < x.count; ++l) {
       if (needs_norms(p.similarity) && begin < end) {
-        add_scaled(x.grad[l], x.own[l] * own_factor(p.similarity, x.terms[l]), x.rows[l], p.dim);
+        add_own(x.grad[l], x.own[l], x.terms[l], pairs ? nullptr : x.rows[l],
+                task.query + (x.query + l) * p.dim);
       }
       if constexpr (kIsHalf<S>) {
         S* out = static_cast<S*>(args.grad_query) + (t * p.num_queries + x.query + l) * p.dim;
@@ -240,6 +269,12 @@ struct BackwardJob {
   // Supports [at, at + n) in slots [slot, slot + n).
   void open_block(int64_t at, int64_t n, int64_t slot) {
     block.gather(p, task.support, order + at, n, slot);
+    if constexpr (kPairs<S>) {
+      if (pairs) {
+        interleave(n, p.dim, support_pairs + slot * copy_stride<S>(p.dim),
+                   [&](int64_t r) { return block.given[slot + r]; });
+      }
+    }
     for (int64_t r = 0; r < n; ++r) {
       row_own[slot + r] = Vec<A>{};
       const int64_t row = order[at + r];
@@ -257,8 +292,8 @@ struct BackwardJob {
   void close_block(int64_t at, int64_t n) {
     for (int64_t r = 0; r < n; ++r) {
       if (needs_norms(p.similarity)) {
-        const A factor = own_factor(p.similarity, block.terms[r]);
-        add_scaled(grad_support_rows[r], hsum<A>(row_own[r]) * factor, block.rows[r], p.dim);
+        add_own(grad_support_rows[r], hsum<A>(row_own[r]), block.terms[r],
+                pairs ? nullptr : block.rows[r], task.support + order[at + r] * p.dim);
       }
       if constexpr (kIsHalf<S>) {
         S* out = static_cast<S*>(args.grad_support) + (t * p.num_supports + order[at + r]) * p.dim;
@@ -294,9 +329,10 @@ struct BackwardJob {
       }
     }
   }
-  // Of panel i of those held, n supports each.
+  // Of panel i of those held, n supports each; with pairs, an even number of them.
+  int64_t slope_rows(int64_t n) const { return pairs ? (n + 1) / 2 * 2 : n; }
   A* slopes_of(const GradientPanel<A>* x, int64_t i, int64_t n) const {
-    return slopes + (x[i].query - x[0].query) * n;
+    return slopes + (x[i].query - x[0].query) * slope_rows(n);
   }
 
   // `count` panels from x on against supports [at, at + n); returns sum dz * similarity.
@@ -328,6 +364,12 @@ struct BackwardJob {
       runs[i] = {tile, width, 1, x[i].rows, x[i].count, supports};
     }
     if (additive) return scale_sum;
+    if constexpr (kPairs<S>) {
+      if (pairs) {
+        pair_gradients(x, count, n, slot, add_query, add_support);
+        return scale_sum;
+      }
+    }
     const int64_t parts = ceil_div(n, kOuterRows);
     for (int64_t i = 0, r = 0; i < parts; ++i) {
       const int64_t m = n * (i + 1) / parts - r;
@@ -356,6 +398,58 @@ struct BackwardJob {
     const int64_t columns = block_columns<A>(lanes);
     for (int64_t d = 0; d < p.dim; d += columns) {
       outer(Outer<A>{runs, count, to, add_support}, p.similarity, n, d, min_of(p.dim, d + columns));
+    }
+  }
+
+  // The slopes of n supports with `count` panels, in words, times rows of words.
+  void pair_gradients(const GradientPanel<A>* x, int64_t count, int64_t n, int64_t slot,
+                      bool add_query, bool add_support) {
+    const int64_t dim = p.dim, stride = copy_stride<S>(dim), n_pairs = ceil_div(n, 2);
+    const bool own = p.similarity == Similarity::kSqEuclidean;
+    const auto lane_scale = [&](int64_t i) { return lane_scales + (x[i].query - x[0].query); };
+    for (int64_t r = 0; r < n; ++r) row_most[r] = Vec<A>{};
+    for (int64_t i = 0; i < count; ++i) {
+      with_vectors(x[i].vectors, [&](auto nv) {
+        measure_slopes(nv, slopes_of(x, i, n), n, x[i].count, lane_scale(i), row_most);
+      });
+      for (int l = 0; l < x[i].vectors * kW; l += kW) {
+        store(lane_scale(i) + l, scale_of(load(lane_scale(i) + l)));
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) row_scales[r] = largest(row_most[r]);
+    for (int64_t r = 0; r < n; r += kW) {  // room for whole vectors
+      store(row_scales + r, scale_of(load(row_scales + r)));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      A* tile = slopes_of(x, i, n);
+      const int64_t width = x[i].vectors * kW;
+      with_vectors(x[i].vectors, [&](auto nv) {
+        round_slopes(nv, tile, n, lane_scale(i), row_scales, own ? x[i].own : nullptr,
+                     own ? row_own + slot : nullptr);
+      });
+      pair_runs[i] = {tile + width,
+                      2 * width,
+                      width / 2,
+                      1,
+                      query_copies + (x[i].query - panel[0].query) * stride,
+                      2 * stride,
+                      ceil_div(x[i].count, 2)};
+    }
+    const int64_t step = block_columns<A>(n_pairs);
+    for (int64_t d = 0; d < dim; d += step) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t width = x[i].vectors * kW;
+        const PairRun run{slopes_of(x, i, n), 2,      1, 2 * width, support_pairs + slot * stride,
+                          2 * stride,         n_pairs};
+        pair_outer(PairOuter<A>{&run, 1, x[i].grad, lane_scale(i), add_query}, x[i].count, d,
+                   min_of(dim, d + step));
+      }
+    }
+    const int64_t lanes = x[count - 1].query + x[count - 1].count - x[0].query;
+    const int64_t columns = block_columns<A>(ceil_div(lanes, 2));
+    for (int64_t d = 0; d < dim; d += columns) {
+      pair_outer(PairOuter<A>{pair_runs, count, grad_support_rows + slot, row_scales, add_support},
+                 n, d, min_of(dim, d + columns));
     }
   }
 

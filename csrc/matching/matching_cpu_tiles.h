@@ -176,8 +176,8 @@ static void store_row(const Acc<S>* from, int64_t dim, S* to) {
     store_n(to + d, load_n(from + d, static_cast<int>(dim - d)), static_cast<int>(dim - d));
 }
 // to += factor * x
-template <class A>
-static void add_scaled(A* to, A factor, const A* x, int64_t dim) {
+template <class A, class S>
+static void add_scaled(A* to, A factor, const S* x, int64_t dim) {
   constexpr int kW = kWidth<A>;
   int64_t d = 0;
   for (; d + kW <= dim; d += kW) store(to + d, load(to + d) + factor * load(x + d));

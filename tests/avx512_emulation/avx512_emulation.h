@@ -20,6 +20,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef unsigned short Halves __attribute__((vector_size(32)));
 typedef unsigned short Shorts __attribute__((vector_size(64)));
+typedef unsigned Words __attribute__((vector_size(64)));
 
 template <class Half>
 struct Two {
@@ -101,6 +102,21 @@ static inline Floats dot_pairs(Floats sum, Floats a, Floats b) {
                                                  dot_pairs(s.half[1], x.half[1], y.half[1])}});
 }
 
+// To bfloat16, to nearest, numbers below the normal range to zero: `lower` in the lower half.
+static inline Words to_bfloat16(Floats x) {
+  const Words u = __builtin_bit_cast(Words, x), size = u & 0x7fffffffu;
+  const Words nan = __builtin_bit_cast(Words, size > 0x7f800000u);
+  const Words tiny = __builtin_bit_cast(Words, size < 0x00800000u);
+  const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (tiny & u >> 16 & 0x8000u) | (~tiny & nan & (u >> 16 | 0x40u)) | (~tiny & ~nan & rounded);
+}
+static inline Shorts to_bfloat16(Floats upper, Floats lower) {
+  const Words low = to_bfloat16(lower), high = to_bfloat16(upper);
+  Shorts x;
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<unsigned short>(i < 16 ? low[i] : high[i - 16]);
+  return x;
+}
+
 static inline Floats from_halves(Halves h) {
   const auto x = __builtin_bit_cast(Two<__m128i>, h);
   return __builtin_bit_cast(Floats,
@@ -131,6 +147,7 @@ static inline void stream(double* p, Doubles x) {
 #define __m512bh FASTMETA_EMULATED Floats
 #define FASTMETA_BF16_TARGET
 #define _mm512_dpbf16_ps FASTMETA_EMULATED dot_pairs
+#define _mm512_cvtne2ps_pbh FASTMETA_EMULATED to_bfloat16
 #define _mm512_maskz_loadu_epi16(mask, p) \
   FASTMETA_EMULATED masked_load<FASTMETA_EMULATED Shorts>(mask, (const unsigned short*)(p))
 #define _mm512_maskz_max_ps FASTMETA_EMULATED max_ps

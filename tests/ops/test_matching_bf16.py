@@ -1,6 +1,7 @@
-"""Matching attention of bfloat16 inputs: what float32 makes of them, on every instruction set.
+"""Matching attention of bfloat16 inputs, on every instruction set.
 
-``avx512_bf16`` takes pairs of features at a time and inputs as they are, the others convert them.
+Scores are what float32 makes of them. ``avx512_bf16`` multiplies inputs as they are, two at a time,
+and rounds the slopes of the scores to bfloat16 for the gradients; the others convert to float32.
 """
 
 import functools
@@ -11,49 +12,85 @@ from opcases import (
     Case,
     assert_same,
     attention_definition,
+    eager_attention,
     error,
     finite_weights,
     gradients,
     isas,
     largest_logit,
     leaves,
+    similarity_definition,
     use_isa,
 )
 
 SIMILARITIES = ("dot", "cosine", "sqeuclidean")
 EPS = torch.finfo(torch.float32).eps
 DIMS = (1, 2, 3, 31, 32, 33, 64, 127, 129, 257)
-SHAPES = [
-    *(Case(f"dim_{d}", 2, 17, 29, d, 4, absent=(1,), padded=0.3) for d in DIMS),
+LARGE = [
     Case("panels", 2, 130, 75, 65, 5),
     Case("chunks", 1, 40, 1500, 33, 2),
     Case("broad", 1, 700, 40, 127, 3),
 ]
+SHAPES = [
+    *(Case(f"dim_{d}", 2, 17, 29, d, 4, absent=(1,), padded=0.3) for d in DIMS),
+    *LARGE,
+]
 
 
-def make(case):
-    query, support, labels, _, _, _ = case.make(torch.bfloat16)
-    return query, support, labels, torch.full((case.tasks,), 1.3)
+def make(case, scale=1.3, offset=0.0):
+    query, support, labels, _, _, _ = case.make()
+    query, support = ((x + offset).bfloat16() for x in (query, support))
+    return query, support, labels, torch.full((case.tasks,), scale)
 
 
 def weights_of(case):
-    return finite_weights((case.tasks, case.queries, case.classes)).float()
+    return finite_weights((case.tasks, case.queries, case.classes)).bfloat16().float()
+
+
+def loss_of(logp, case):
+    return torch.where(logp.isinf(), 0, logp * weights_of(case).to(logp.dtype)).sum()
 
 
 @functools.cache
-def truth_of(case, similarity):
+def truth_of(case, similarity, **options):
     """Log-probabilities and gradients in float64, and how large the logits are."""
-    query, support, labels, scale = make(case)
+    query, support, labels, scale = make(case, **options)
     q, s, a = leaves(query.double(), support.double(), scale.double())
     logp = attention_definition(q, s, labels, case.classes, similarity, a)
-    loss = torch.where(logp.isinf(), 0, logp * weights_of(case)).sum()
     logit = largest_logit(query, support, labels, similarity, scale[0], None)
-    return logp.detach(), gradients(loss, [q, s, a]), logit
+    return logp.detach(), gradients(loss_of(logp, case), [q, s, a]), logit
 
 
-def run(case, similarity, isa):
-    """What the ops give: log-probabilities in float32, gradients in the inputs' dtypes."""
+@functools.cache
+def gradient_terms(case, similarity):
+    """Sums of the sizes of what the gradients of query and support are summed from, in float64."""
     query, support, labels, scale = make(case)
+    sizes = torch.zeros(query.shape).double(), torch.zeros(support.shape).double()
+    for t in range(case.tasks):
+        valid = labels[t] >= 0
+        q, s = query[t].double(), support[t][valid].double()
+        sims = similarity_definition(q, s, similarity).requires_grad_()
+        z, weights, loss = sims * scale[t].double(), weights_of(case)[t].double(), 0
+        for c in labels[t][valid].unique():
+            own = z[:, labels[t][valid] == c].logsumexp(1) - z.logsumexp(1)
+            loss = loss + (own * weights[:, c]).sum()
+        slopes = torch.autograd.grad(loss, sims)[0].abs()
+        norms = [x.square().sum(-1, keepdim=True) for x in (q, s)]
+        along = [torch.zeros(len(x), 1) for x in (q, s)]
+        if similarity == "cosine":
+            along = [(slopes * sims.abs()).sum(1 - i)[:, None] / norms[i] for i in (0, 1)]
+            slopes = slopes / (norms[0] * norms[1].T).sqrt()
+        if similarity == "sqeuclidean":
+            slopes = 2 * slopes
+            along = [slopes.sum(1 - i)[:, None] for i in (0, 1)]
+        sizes[0][t] = slopes @ s.abs() + along[0] * q.abs()
+        sizes[1][t, valid] = (slopes.T @ q.abs() + along[1] * s.abs()).detach()
+    return [size.detach() for size in sizes]
+
+
+def run(case, similarity, isa, **options):
+    """What the ops give: log-probabilities in float32, gradients in the inputs' dtypes."""
+    query, support, labels, scale = make(case, **options)
     with use_isa(isa):
         logp, lse, scores = torch.ops.fastmeta.matching_attention(
             query, support, labels, scale, None, case.classes, similarity
@@ -74,10 +111,30 @@ def test_only_what_comes_out_in_bfloat16_is_rounded_to_it(case, similarity, isa)
     logp, grads = run(case, similarity, isa)
     assert logp.dtype == torch.float32
     assert error(logp, truth) <= 4 * EPS * (logit + 4)
-    for grad, expected in zip(grads, truth_grads, strict=True):
-        rounding = torch.finfo(grad.dtype).eps / 2 * expected.abs()
+    sizes = [*gradient_terms(case, similarity), 0] if isa == "avx512_bf16" else [0, 0, 0]
+    for grad, expected, size in zip(grads, truth_grads, sizes, strict=True):
+        rounding = torch.finfo(grad.dtype).eps / 2 * (expected.abs() + size)
         slack = 32 * EPS * (logit + 4) * expected.abs().max().clamp_min(1)
         assert ((grad.double() - expected).abs() <= rounding + slack).all()
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
+def test_gradients_are_nearer_than_pytorchs_own(case, similarity, scale, offset, isa):
+    """Also where all vectors have a direction in common, along which errors do not average out."""
+    options = {"scale": scale, "offset": offset}
+    _, truth, _ = truth_of(case, similarity, **options)
+    query, support, labels, alpha = make(case, **options)
+    q, s = leaves(query, support)
+    logp = eager_attention(q, s, labels, case.classes, similarity, alpha.bfloat16())
+    eager = gradients(loss_of(logp, case), [q, s])
+    _, grads = run(case, similarity, isa, **options)
+    for grad, own, expected in zip(grads[:2], eager, truth[:2], strict=True):
+        ours, theirs = ((x.double() - expected).norm() for x in (grad, own))
+        assert ours < theirs
 
 
 @pytest.mark.parametrize("isa", isas())
