@@ -149,6 +149,16 @@ def test_numbers_below_the_normal_range_are_zero_in_dot_products_only(isa):
     products = (query.double() * support.double()).sum().item()
     assert score.item() == pytest.approx(0 if isa == "avx512_bf16" else products, rel=1e-6)
 
+    query, support = torch.zeros_like(query), torch.cat([support, -support], 1) * 1e-38 * 1e-39
+    labels, grad = torch.tensor([[0, 1]]), torch.tensor([[[1.0, -1.0]]])
+    with use_isa(isa):
+        saved = torch.ops.fastmeta.matching_attention(query, support, labels, scale, None, 2, "dot")
+        found = torch.ops.fastmeta.matching_attention_backward(
+            grad, query, support, labels, scale, None, *saved, 2, "dot"
+        )[0]
+    assert (support != 0).all()
+    assert_same(found, torch.zeros_like(found) if isa == "avx512_bf16" else 2 * support[:, :1])
+
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("similarity", SIMILARITIES)
