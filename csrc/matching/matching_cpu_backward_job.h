@@ -168,8 +168,7 @@ struct BackwardJob {
     if (nll) return max_of(rows, min_of(kWholeRows, p.num_supports));
     int64_t most = rows;
     for (int64_t c = c0; c < c1; ++c) {
-      const int64_t size = start[c + 1] - start[c];
-      if (size <= kWholeRowsBackward) most = max_of(most, size);
+      if (!is_large(start, c)) most = max_of(most, start[c + 1] - start[c]);
     }
     return most;
   }
@@ -374,10 +373,7 @@ struct BackwardJob {
     for (int64_t i = 0, r = 0; i < parts; ++i) {
       const int64_t m = n * (i + 1) / parts - r;
       multiply(x, count, supports + r, to + r, m, add_query || r > 0, add_support);
-      for (int64_t j = 0; j < count; ++j) {
-        runs[j].coef += m * runs[j].step_m;
-        runs[j].own += m;
-      }
+      for (int64_t j = 0; j < count; ++j) runs[j].coef += m * runs[j].step_m, runs[j].own += m;
       r += m;
     }
     return scale_sum;
