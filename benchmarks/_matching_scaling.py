@@ -176,7 +176,7 @@ def plot(path: Path, points: list[tuple[str, dict[str, Any]]]) -> None:
         axes[3].barh(places, ratios, 0.4, color=colour)
     axes[3].set_yticks(range(len(bars)), names, fontsize=7)
     axes[3].set_xlabel(
-        "time over fastmeta's\n(threads: S=20,000, D=128; instruction sets: S=1,000, D=64)"
+        "time over fastmeta's\n(threads: S=20,000, D=128;\ninstruction sets: S=1,000, D=64)"
     )
     axes[3].invert_yaxis()
     figure.savefig(path, dpi=110)
