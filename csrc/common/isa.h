@@ -7,8 +7,7 @@
 
 namespace fastmeta {
 
-// kAvx512Bf16 runs the kernels of kAvx512, which take dot products of bfloat16 where they have
-// some.
+// kAvx512Bf16 runs the kernels of kAvx512; those with a form for AVX512-BF16 take it.
 enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline const char* isa_name(Isa isa) {

@@ -223,17 +223,12 @@ static void pair_outer_rows(const PairOuter<float>& o, int64_t n, int64_t m0, in
 // outer() of output rows [0, num_m), columns [begin, end).
 static inline void pair_outer(const PairOuter<float>& o, int64_t num_m, int64_t begin,
                               int64_t end) {
-  constexpr int kMR = 6;
-  const int64_t tiles = ceil_div(num_m, kMR);
-  for (int64_t i = 0, m = 0; i < tiles; ++i) {
-    const int64_t rows = num_m * (i + 1) / tiles - m;
-    for_strips<float>(begin, end, [&](int64_t d, int vectors, int tail) {
-      with_vectors(vectors, [&](auto nv) {
-        pair_outer_rows<decltype(nv)::value, kMR>(o, rows, m, d, tail);
+  for_outer_tiles<float>(
+      num_m, begin, end, [&](int64_t m, int64_t rows, int64_t d, int vectors, int tail) {
+        with_vectors(vectors, [&](auto nv) {
+          pair_outer_rows<decltype(nv)::value, kOuterTileRows>(o, rows, m, d, tail);
+        });
       });
-    });
-    m += rows;
-  }
 }
 
 // What a gradient loses along its own vector: under cosine its projection on it, by the sum itself.

@@ -108,21 +108,32 @@ FASTMETA_INLINE void for_strips(int64_t begin, int64_t end, const F& f) {
   if (d < end) f(d, 1, static_cast<int>(end - d));
 }
 
+// Calls f(first row, rows, first column, vectors, tail) for the tiles of output rows [0, num_m) and
+// columns [begin, end): at most kOuterTileRows rows, as even as they can be.
+constexpr int kOuterTileRows = 6;
+template <class A, class F>
+FASTMETA_INLINE void for_outer_tiles(int64_t num_m, int64_t begin, int64_t end, const F& f) {
+  const int64_t tiles = ceil_div(num_m, kOuterTileRows);
+  for (int64_t i = 0, m = 0; i < tiles; ++i) {
+    const int64_t rows = num_m * (i + 1) / tiles - m;
+    for_strips<A>(begin, end,
+                  [&](int64_t d, int vectors, int tail) { f(m, rows, d, vectors, tail); });
+    m += rows;
+  }
+}
+
 // Output rows [0, num_m), columns [begin, end).
 template <class A, Inner kInner>
 static void outer_product(const Outer<A>& o, int64_t num_m, int64_t begin, int64_t end) {
-  constexpr int kMR = 6;
-  const int64_t tiles = ceil_div(num_m, kMR);  // as even as they can be
-  for (int64_t i = 0, m = 0; i < tiles; ++i) {
-    const int64_t rows = num_m * (i + 1) / tiles - m;
-    for_strips<A>(begin, end, [&](int64_t d, int vectors, int tail) {
-      if (tail > 0) return outer_rows<A, kInner, 1, kMR, true>(o, rows, m, d, tail);
-      with_vectors(vectors, [&](auto nv) {
-        outer_rows<A, kInner, decltype(nv)::value, kMR, false>(o, rows, m, d, 0);
-      });
-    });
-    m += rows;
-  }
+  constexpr int kMR = kOuterTileRows;
+  for_outer_tiles<A>(num_m, begin, end,
+                     [&](int64_t m, int64_t rows, int64_t d, int vectors, int tail) {
+                       if (tail > 0)
+                         return outer_rows<A, kInner, 1, kMR, true>(o, rows, m, d, tail);
+                       with_vectors(vectors, [&](auto nv) {
+                         outer_rows<A, kInner, decltype(nv)::value, kMR, false>(o, rows, m, d, 0);
+                       });
+                     });
 }
 
 template <class A>

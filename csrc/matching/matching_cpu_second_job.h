@@ -220,12 +220,15 @@ struct SecondJob {
 
   // <q, q'> per lane, under cosine times the inverse squared norm.
   void panel_stretch(const SecondPanel<A>& x, int width) const {
-    for (int l = 0; l < width && scores_by_pairs<S>(p); ++l) {
-      const A term = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
-      const bool none = query_dot == nullptr || l >= x.count || !needs_norms(p.similarity);
-      x.stretch[l] = none ? A(0) : term * dot_row(x.rows[l], x.rows_dot[l]);
+    if (scores_by_pairs<S>(p)) {  // the panel holds words
+      for (int l = 0; l < width; ++l) {
+        const A term = p.similarity == Similarity::kCosine ? x.terms[l] * x.terms[l] : A(1);
+        const bool none = query_dot == nullptr || l >= x.count || !needs_norms(p.similarity);
+        x.stretch[l] = none ? A(0) : term * dot_row(x.rows[l], x.rows_dot[l]);
+      }
+      return;
     }
-    for (int l = 0; l < width && !scores_by_pairs<S>(p); l += kW) {
+    for (int l = 0; l < width; l += kW) {
       Vec<A> sum{};
       for (int64_t d = 0; query_dot != nullptr && d < p.dim; ++d) {
         sum += load(x.packed + d * width + l) * load(x.packed_dot + d * width + l);
