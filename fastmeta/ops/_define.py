@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastmeta.ops._dynamo import allow_in_graph
+
 __all__ = ["LIBRARY", "OPS", "Op", "acc_dtype", "define_op", "fold_tasks"]
 
 LIBRARY = torch.library.Library("fastmeta", "DEF")
@@ -155,7 +157,7 @@ def define_op(
         },
     )
 
-    @torch.compiler.allow_in_graph
+    @allow_in_graph
     def functorch_call(*args: Any) -> Any:
         spec, flat = _flatten(args)
         return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
