@@ -30,19 +30,11 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_emulation"
 
-# Every source with kernels, and the folders whose headers it sees.
-SOURCES = {
-    # First, for it takes longest.
-    HERE / "bindings.cpp": ("segment", "matching", "task_layers", "update"),
-    CSRC / "segment" / "segment_mean_cuda.cu": ("segment",),
-    CSRC / "update" / "sgd_update_cuda.cu": ("update",),
-    CSRC / "update" / "momentum_update_cuda.cu": ("update",),
-    CSRC / "update" / "adam_update_cuda.cu": ("update",),
-    CSRC / "matching" / "matching_attention_cuda.cu": ("matching",),
-    CSRC / "matching" / "matching_double_backward_cuda.cu": ("matching",),
-    CSRC / "task_layers" / "task_linear_cuda.cu": ("task_layers",),
-    CSRC / "task_layers" / "task_conv2d_cuda.cu": ("task_layers",),
-    CSRC / "task_layers" / "task_batch_norm_cuda.cu": ("task_layers",),
+# What is compiled together: parsing the headers is half of a source's time. The longest first.
+UNITS: dict[str, tuple[Path, ...]] = {
+    "bindings": (HERE / "bindings.cpp",),
+    "matching": tuple(sorted(CSRC.glob("matching/*_cuda.cu"))),
+    "others": tuple(sorted(set(CSRC.glob("*/*_cuda.cu")) - set(CSRC.glob("matching/*_cuda.cu")))),
 }
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Kernels may contract a * b + c as nvcc does; -O1 compiles in half the time of -O2.
@@ -55,26 +47,17 @@ SANITIZE = {
 }
 
 
-def compile_emulation(
-    sources: dict[Path, tuple[str, ...]] | None = None,
-    *,
-    name: str = "fastmeta_emulation",
-    defines: tuple[str, ...] = (),
-    sanitize: str = "",
-) -> Path:
+def compile_emulation(*, name: str = "fastmeta_emulation", sanitize: str = "") -> Path:
     """Return the path of the built module, compiling what has changed.
 
     Args:
-        sources: Files to compile and the folders of ``csrc`` they depend on; default all.
         name: Module name.
-        defines: Macros, ``NAME`` or ``NAME=value``, seen by every source.
         sanitize: ``""``, ``"address"`` (AddressSanitizer and UndefinedBehaviorSanitizer) or
             ``"thread"`` (ThreadSanitizer).
 
     Raises:
         RuntimeError: A compiler is missing or failed; the message holds its output.
     """
-    sources = SOURCES if sources is None else sources
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(
@@ -83,12 +66,12 @@ def compile_emulation(
         )
     includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
     base = [*compiler, *FLAGS, *OPTIMISE, *SANITIZE[sanitize], *(f"-I{i}" for i in includes)]
-    base += [f"-D{define}" for define in (*defines, f"FASTMETA_EMULATION={name}")]
+    base += [f"-DFASTMETA_EMULATION={name}"]
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(lambda item: _object(base, *item), sources.items()))
+            objects = list(pool.map(lambda item: _object(base, *item), UNITS.items()))
         digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
         folder = BUILD / digest
         module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -107,7 +90,7 @@ def compile_executable(source: Path, sanitize: str = "") -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        item = _object([*compiler, *flags], source, ())
+        item = _object([*compiler, *flags], source.stem, (source,))
         program = item.with_suffix("")
         if not program.exists():
             part = item.with_suffix(".part")
@@ -116,26 +99,26 @@ def compile_executable(source: Path, sanitize: str = "") -> Path:
     return program
 
 
-def _object(base: list[str], source: Path, folders: tuple[str, ...]) -> Path:
-    headers = [h for folder in ("common", *folders) for h in (CSRC / folder).iterdir()]
-    inputs = [source, *sorted(HERE.glob("*.h"))]
-    inputs += sorted(h for h in headers if h.suffix in {".h", ".cuh"})
+def _object(base: list[str], name: str, sources: tuple[Path, ...]) -> Path:
+    """Return the path of the object that ``sources``, as one translation unit, compile to."""
+    inputs = [*sources, *sorted(HERE.glob("*.h"))]
+    inputs += sorted(h for h in CSRC.glob("*/*") if h.suffix in {".h", ".cuh"})
     digest = hashlib.sha256(" ".join(base).encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    target = BUILD / f"{name}-{digest.hexdigest()[:16]}.o"
     if not target.exists():
         part = target.with_suffix(".part")
-        language = ["-x", "c++", "-include", "cuemu.h"]
-        _run([*base, *language, "-c", str(source), "-o", str(part)])
+        unit = "".join(f'#include "{source}"\n' for source in sources)
+        _run([*base, "-include", "cuemu.h", "-x", "c++", "-c", "-", "-o", str(part)], unit)
         part.rename(target)
     return target
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], given: str | None = None) -> None:
     # A sanitizer preloaded for the tests would slow the compiler down many times over.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, input=given)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
