@@ -1,12 +1,10 @@
 """Loading of the compiled kernels: each case in a process of its own, as loading happens once."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 from opcases import compiled_ops
 
@@ -21,20 +19,9 @@ print(fm.matching_attention(query, support, torch.tensor([1, 0]), 2, output="pro
 INFO = "print(json.dumps(fm.backend_info()))"
 
 
-def run(code, *, folder=None, **env):
-    """Runs ``code`` after the imports, with ``fastmeta`` from ``folder`` if given."""
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("FASTMETA_")}
-    if folder is not None:
-        keep["PYTHONPATH"] = str(folder)
-    command = f"import json, warnings, torch\nimport fastmeta as fm\n{code}"
-    return subprocess.run(
-        [sys.executable, "-W", "always::RuntimeWarning", "-c", command],
-        env={**keep, "OMP_NUM_THREADS": "1", **env},
-        cwd=folder or PACKAGE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(code, *, folder=PACKAGE.parent, **env):
+    """Runs ``code`` after the imports, with ``fastmeta`` from ``folder``."""
+    return fresh.run(f"import json, torch\nimport fastmeta as fm\n{code}", folder, env)
 
 
 @pytest.fixture(scope="module")
