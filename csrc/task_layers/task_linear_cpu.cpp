@@ -117,8 +117,10 @@ void linear_job(const Plan<T>& plan, int64_t job) {
   const T* weight =
       static_cast<const T*>(a.weight.data) + task * a.weight.task + first * a.weight.row;
   T* out = static_cast<T*>(a.out) + task * a.rows * a.outputs + first;
-  const bool few = a.rows <= kFewRows && a.weight.column == 1 && a.inputs >= kWidth<T>;
-  const bool ready = a.weight.row == 1 && a.weight.column != 1;
+  // Strides of 0 (an expanded weight) are laid out: to a Matrix they would mean panels.
+  const bool few =
+      a.rows <= kFewRows && a.weight.column == 1 && a.weight.row > 0 && a.inputs >= kWidth<T>;
+  const bool ready = a.weight.row == 1 && a.weight.column > 1;
   const int64_t laid_out = few ? 0 : ready ? kWidth<T> : width;
   const int64_t rows = min_of(a.rows, kRowsAtOnce);
   scratch.reset(Scratch::size_of<T>(width) + Scratch::size_of<T>(a.inputs * laid_out) +

@@ -149,3 +149,27 @@ def test_errors_name_the_argument(change, message):
     given = {"x": torch.ones(2, 3, 4), "weight": torch.ones(2, 5, 4), "bias": torch.ones(2, 5)}
     with pytest.raises((TypeError, ValueError), match=f"task_linear: {message}"):
         fm.task_linear(**(given | change))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("expand", ["outputs", "inputs", "rows", "tasks"])
+def test_expanded_operands(expand, rows, isa):
+    """Strides of 0, which autograd makes of a sum's gradient too."""
+    x, weight, bias = make((2, rows, 64, 40))
+    if expand == "outputs":
+        weight = weight[:, :1].contiguous().expand(2, 40, 64)
+    elif expand == "inputs":
+        weight = weight[:, :, :1].contiguous().expand(2, 40, 64)
+    elif expand == "rows":
+        x = x[:, :1].contiguous().expand(2, rows, 64)
+    else:
+        x, weight = x[:1].expand(2, rows, 64), weight[:1].expand(2, 40, 64)
+    given = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    results = []
+    for function in (fm.task_linear, definition):
+        with use_isa(isa):
+            out = function(*given)
+            results.append([out, *torch.autograd.grad(out.sum(), given)])
+    for value, truth in zip(*results, strict=True):
+        assert error(value, truth) <= 1e-12 * max(1.0, truth.abs().max().item())
