@@ -107,7 +107,9 @@ class _MetaLoss(torch.autograd.Function):
                 "MAML: trying to go backward through MAML.loss a second time, after its gradients "
                 "were handed out: the first time, backward(retain_graph=True) keeps them"
             )
-        if not _graph_is_kept():
+        if _graph_is_kept():  # for the next time, whatever becomes of those that go out
+            grads = [g.clone() for g in grads]
+        else:
             ctx.grads = None
         if not (grad.is_cpu and grad.item() == 1):  # as it is after loss.backward()
             grads = torch._foreach_mul(grads, grad.detach())

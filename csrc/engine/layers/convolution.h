@@ -79,6 +79,10 @@ static void forward_both(const LayerCall<T>& call, bool dual) {
   T* window = pieces.take(p.blocks.images * p.window.image());
   T* dwindow = pieces.take(p.blocks.images * p.window.image(), moves);
   T* copy = pieces.take(p.positions(p.blocks.images, p.blocks.band) * p.cols, copies);
+  if (copies && n.out.ld != n.out.channels) {  // groups leave the padding as it was
+    if (!call.known) clear(call.y, output_size(n, call.rows));
+    if (dual) clear(call.dy, output_size(n, call.rows));
+  }
   p.blocks.each([&](int64_t image, int64_t images, int64_t h, int64_t height) {
     const auto fill = [&](const T* x, T* to) {
       fill_window(n.in, x + image * n.in.row(), images, p.window_first(h), p.window_rows(height),
