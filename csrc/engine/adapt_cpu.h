@@ -114,6 +114,9 @@ class Run {
         throw std::invalid_argument("fastmeta: a parameter of another size than the program says");
       }
     }
+    if (plan_.is_static.back()) {
+      throw std::invalid_argument("fastmeta: no adapted parameter influences the prediction");
+    }
     const bool rates_fit = !args_.rate_each_number() || args_.rate_cols == plan_.fast.numel;
     if (!rates_fit || (args_.rate_rows != 1 && args_.rate_rows != args_.steps)) {
       throw std::invalid_argument("fastmeta: rates of an unexpected shape");

@@ -123,6 +123,7 @@ class ProgramText {
     if (keys.contains("delta")) loss.delta = real(keys["delta"]);
     if (keys.contains("ignore")) loss.ignore = integer(keys["ignore"]);
     loss.weight = param(keys, "weight");
+    if (loss.weight.adapted) fail("class weights that adapt");
   }
 
   void node(std::string_view part) {
@@ -155,7 +156,10 @@ class ProgramText {
     if (inputs.size() != (n.kind == Kind::kAdd ? 2 : 1)) fail("wrong number of inputs");
     n.input = static_cast<int>(integer(inputs[0]));
     if (inputs.size() == 2) n.input2 = static_cast<int>(integer(inputs[1]));
-    if (n.input < 0 || n.input >= values || n.input2 >= values) fail("input of the future");
+    const auto known = [&](int input) { return input >= 0 && input < values; };
+    if (!known(n.input) || (n.kind == Kind::kAdd && !known(n.input2))) {
+      fail("input of the future");
+    }
     n.w = param(keys, "w");
     n.b = param(keys, "b");
     n.mean = param(keys, "mean");
@@ -173,6 +177,10 @@ class ProgramText {
     pair(keys, "d", n.d);
     if (keys.contains("g")) n.groups = integer(keys["g"]);
     if (keys.contains("groups")) n.groups = integer(keys["groups"]);
+    if (n.groups < 1) fail("groups out of range");
+    if (static_cast<bool>(n.mean) != static_cast<bool>(n.var) || n.mean.adapted || n.var.adapted) {
+      fail("statistics that adapt, or one without the other");
+    }
     if (keys.contains("ceil")) n.ceil = integer(keys["ceil"]) != 0;
     if (keys.contains("include_pad")) n.include_pad = integer(keys["include_pad"]) != 0;
     if (keys.contains("eps")) n.eps = real(keys["eps"]);
@@ -184,13 +192,17 @@ class ProgramText {
     n.tanh_gelu = keys.contains("approximate") && keys["approximate"] == "tanh";
     n.in = program_.shapes[n.input];
     n.out = out_shape(n, keys);
+    if (n.out.channels < 0) fail("a negative number of channels");
     program_.nodes.push_back(n);
     program_.shapes.push_back(n.out);
   }
 
   int64_t window(const Node& n, int axis, int64_t size) const {
+    for (const int64_t value : {n.k[axis], n.s[axis], n.d[axis], n.p[axis] + 1}) {
+      if (value < 1 || value > kMostPixels) fail("window out of range");
+    }
     const int64_t span = size + 2 * n.p[axis] - n.d[axis] * (n.k[axis] - 1) - 1;
-    if (span < 0 || n.s[axis] < 1) fail("window larger than its input");
+    if (span < 0) fail("window larger than its input");
     int64_t out = (n.ceil ? (span + n.s[axis] - 1) / n.s[axis] : span / n.s[axis]) + 1;
     // The last window starts inside the input or its left padding.
     if (n.ceil && (out - 1) * n.s[axis] >= size + n.p[axis]) --out;
@@ -243,6 +255,7 @@ class ProgramText {
     return out;
   }
 
+  static constexpr int64_t kMostPixels = 1 << 20;  // a side of a window: no product overflows
   const std::string& text_;
   Program program_;
 };

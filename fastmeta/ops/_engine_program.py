@@ -120,6 +120,8 @@ class Program:
         """
         shapes = [input]
         for node in nodes:
+            if min(node.inputs) < 0:
+                raise ValueError(f"{node.kind} takes values from 0 on, not {node.inputs}")
             shapes.append(row_shape(node, [shapes[i] for i in node.inputs]))
         return cls(input, nodes, loss, tuple(shapes))
 
@@ -167,6 +169,8 @@ def row_shape(node: Node, inputs: list[Shape]) -> Shape:
         ValueError: The node cannot take these inputs; the message says what it takes.
     """
     shape, options = inputs[0], node.options
+    if (options.get("mean") is None) != (options.get("var") is None):
+        raise ValueError(f"{node.kind} takes mean and var together")
     if node.kind == "add":
         if len(inputs) != 2 or inputs[0] != inputs[1]:
             raise ValueError(f"add takes two values of one shape, not {inputs}")
@@ -200,6 +204,7 @@ def _window(node: Node, shape: Shape, dilation: tuple[int, int], *, ceil: bool) 
         dilation,
         strict=True,
     ):
+        _require(node, min(k, s, d) >= 1 and p >= 0, "windows of at least one pixel", shape)
         room = side + 2 * p - d * (k - 1) - 1
         count = (room + (s - 1 if ceil else 0)) // s + 1
         if ceil and (count - 1) * s >= side + p:

@@ -401,11 +401,37 @@ def test_a_program_reads_as_it_is_written(name):
         "fm1;in=1x2x2;linear(0,w=f0,out=3);loss=mse()",
         "fm1;in=1x2x2;conv2d(0,w=f0,out=2,k=3x3,s=1x1,p=0x0,d=1x1,g=1);loss=mse()",
         "fm1;in=2;linear(0,w=f0,out=3);add(0+1);loss=mse()",
+        "fm1;in=2;linear(0,w=f0,out=2);add(1+-1);loss=mse()",
+        "fm1;in=2;linear(0,w=f0,out=2,g=0);loss=mse()",
+        "fm1;in=2;linear(0,w=f0,out=2);batch_norm(1,mean=s0);loss=mse()",
+        *(
+            f"fm1;in=1x4x4;conv2d(0,w=f0,out=2,{window},g=1);flatten(1);loss=mse()"
+            for window in (
+                "k=-1x-1,s=1x1,p=0x0,d=1x1",
+                "k=2x2,s=0x1,p=0x0,d=1x1",
+                "k=2x2,s=1x1,p=0x-1,d=1x1",
+                "k=2x2,s=1x1,p=0x0,d=0x0",
+            )
+        ),
     ],
 )
 def test_what_is_no_program_is_refused(text):
     with pytest.raises(ValueError, match="adapt: program must be a program of version fm1"):
         parse(text)
+    # By the op, too, which may be called without Python's look at the program.
+    x = torch.ones(1, 2, 1, 4, 4) if "x4x4" in text else torch.ones(1, 2, 2)
+    fast, shared = [torch.ones(2, 1, 2, 2)], [torch.ones(2)]
+    arguments = (text, fast, shared, torch.ones(1, 1), x, torch.ones(1, 2, 2), x)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.fastmeta.adapt(*arguments, 1, 0, False, False, False)
+
+
+def test_a_prediction_that_nothing_adapted_influences_is_refused():
+    text = "fm1;in=4;linear(0,w=f0,out=3);relu(0);loss=mse()"
+    x = torch.ones(1, 2, 4)
+    arguments = (text, [torch.ones(3, 4)], [], torch.ones(1, 1), x, x, x)
+    with pytest.raises((ValueError, RuntimeError)):
+        adapt(*arguments, 1, 0, False, False, False)
 
 
 @pytest.mark.parametrize("wrong", ["fast", "shared"])
