@@ -5,6 +5,8 @@ Every message names the function, the argument, what was wanted and what came.
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +20,11 @@ __all__ = [
     "check_choice",
     "check_float_tensor",
     "check_int_tensor",
+    "check_integer",
     "check_labels",
+    "check_num_classes",
     "fail",
+    "is_number",
     "is_tracing",
 ]
 
@@ -67,6 +72,42 @@ def check_int_tensor(function: str, argument: str, value: Any, *, device: torch.
         fail(TypeError, function, argument, "an integer tensor", describe(value))
     if value.device != device:
         fail(ValueError, function, argument, f"on {device}, like the other tensors", value.device)
+
+
+def check_integer(
+    function: str, argument: str, value: Any, low: int, high: int | None = None
+) -> int:
+    """The value as an int of at least ``low`` and below ``high``; raises for anything else.
+
+    NumPy's integers are ints too. Tensors are not: to look at one could stall a stream.
+    """
+    number = value
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
+            fail(TypeError, function, argument, _integer(low, high), describe(value))
+        number = operator.index(value)
+    if number < low or (high is not None and number >= high):
+        fail(ValueError, function, argument, _integer(low, high), number)
+    return number  # type: ignore[no-any-return]
+
+
+def check_num_classes(function: str, value: Any) -> int:
+    """The number of classes; kernels hold them in 32 bits."""
+    number = check_integer(function, "num_classes", value, 1)
+    if number >= 2**31:
+        fail(ValueError, function, "num_classes", "below 2**31", number)
+    return number
+
+
+def _integer(low: int, high: int | None) -> str:
+    return f"an integer of at least {low}" + ("" if high is None else f" and below {high}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a real number, of NumPy's too: no bool, no tensor."""
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
 
 
 def check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from fastmeta.errors import (
     check_choice,
     check_float_tensor,
     check_int_tensor,
+    check_integer,
     check_labels,
     describe,
     fail,
@@ -272,9 +273,9 @@ class MatchingNetworks(nn.Module):
         super().__init__()
         name = "MatchingNetworks"
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_classes": num_classes}
-        for argument, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                fail(ValueError, name, argument, "an integer of at least 1", repr(size))
+        input_size, hidden_size, num_classes = (
+            check_integer(name, argument, size, 1) for argument, size in sizes.items()
+        )
         check_choice(name, "attention", attention, ("concat", "additive"))
         self.input_size = input_size
         self.num_classes = num_classes

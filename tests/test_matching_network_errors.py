@@ -71,7 +71,7 @@ def bad(**changes):
         ({"query_y": torch.zeros(2, 3).long()}, ValueError, r"query_y must be of shape \[2, 4\]"),
         ({"query_y": torch.full((2, 4), 3)}, ValueError, "query_y must be in"),
         ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1, got 0"),
-        ({"num_classes": 2.0}, ValueError, "num_classes must be an integer"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an integer"),
         ({"num_classes": 2}, ValueError, "support_y must be in"),
         ({"lengths": torch.tensor([6, 7])}, ValueError, r"lengths must be in \[0, S=6\]"),
         ({"lengths": torch.tensor([6])}, ValueError, r"lengths must be of shape \[2\]"),

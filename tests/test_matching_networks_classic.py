@@ -208,7 +208,7 @@ def test_autocast():
     ],
 )
 def test_constructor_errors(args, kwargs, message):
-    with pytest.raises(ValueError, match=f"MatchingNetworks: {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"MatchingNetworks: {message}"):
         MatchingNetworks(*args, **kwargs)
 
 

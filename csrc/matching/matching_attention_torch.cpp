@@ -34,7 +34,9 @@ struct Operands {
         support(bridge::contiguous(s)),
         labels(bridge::contiguous(y)),
         scale(bridge::contiguous(alpha)) {
-    STD_TORCH_CHECK(q.dim() == 3 && num_classes >= 1, "fastmeta: query must be [T, Q, D]");
+    STD_TORCH_CHECK(q.dim() == 3, "fastmeta: query must be [T, Q, D]");
+    STD_TORCH_CHECK(num_classes >= 1 && num_classes <= INT32_MAX,
+                    "fastmeta: num_classes out of range");  // kernels hold classes in 32 bits
     const int64_t tasks = q.size(0), queries = q.size(1), dim = q.size(2);
     const int64_t supports = s.dim() == 3 ? s.size(1) : 0;
     const ScalarType acc = bridge::acc_type(q);
@@ -69,9 +71,8 @@ struct Operands {
       targets = bridge::contiguous(*t);
       problem.targets = targets->const_data_ptr<int64_t>();
     }
-    const bool additive = problem.similarity == Similarity::kAdditive;
-    STD_TORCH_CHECK(additive == w.has_value(), "fastmeta: weight goes with additive similarity");
-    if (additive) {
+    STD_TORCH_CHECK(additive() == w.has_value(), "fastmeta: weight goes with additive similarity");
+    if (additive()) {
       const bool shared_weight = w->dim() == 2 && w->size(0) == 1;
       bridge::check_shape(*w, "weight", {shared_weight ? 1 : tasks, dim});
       bridge::check_dtype(*w, "weight", acc);
@@ -80,6 +81,8 @@ struct Operands {
       problem.weight_stride = shared_weight ? 0 : dim;
     }
   }
+
+  bool additive() const { return problem.similarity == Similarity::kAdditive; }
 };
 
 #if defined(FASTMETA_CUDA)
@@ -191,7 +194,7 @@ struct Gradients {
 
   explicit Gradients(const Operands& ops) : Gradients(ops, ops.problem) {}
   void* weight_pointer(const Operands& ops) const {
-    return ops.problem.weight != nullptr ? weight.mutable_data_ptr() : nullptr;
+    return ops.additive() ? weight.mutable_data_ptr() : nullptr;
   }
 
  private:
@@ -199,8 +202,7 @@ struct Gradients {
       : query(make(ops, {p.num_tasks, p.num_queries, p.dim}, ops.query.scalar_type())),
         support(make(ops, {p.num_tasks, p.num_supports, p.dim}, ops.query.scalar_type())),
         scale(make(ops, {p.num_tasks}, bridge::acc_type(ops.query))),
-        weight(make(ops, {p.num_tasks, p.weight != nullptr ? p.dim : 0},
-                    bridge::acc_type(ops.query))) {}
+        weight(make(ops, {p.num_tasks, ops.additive() ? p.dim : 0}, bridge::acc_type(ops.query))) {}
   static Tensor make(const Operands& ops, const std::vector<int64_t>& size, ScalarType dtype) {
     return bridge::empty(ops.query, size, dtype);
   }
@@ -252,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   const Direction support(support_dot, "grad_support", {p.num_tasks, p.num_supports, p.dim},
                           scalar);
   const Direction scale(scale_dot, "grad_scale", {p.num_tasks}, acc);
-  const bool additive = p.weight != nullptr;
+  const bool additive = ops.additive();  // its weight may be empty: no pointer tells
   const Direction weight(weight_dot, "grad_weight", {p.num_tasks, additive ? p.dim : 0}, acc);
   Tensor grad_grad = bridge::empty(ops.query, out_shape, acc);
   const Gradients grads(ops);

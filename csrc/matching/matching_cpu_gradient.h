@@ -273,6 +273,21 @@ static __attribute__((noinline)) void target_weights(const GradientPanel<A>& x,
   }
 }
 
+// The sum of vectors over those lanes that have a query: similarities to none may be infinite, and
+// their products with 0 NaN.
+template <class A, int NV>
+FASTMETA_INLINE double sum_over_queries(const Vec<A> (&sum)[NV], int count) {
+  constexpr int kW = kWidth<A>;
+  alignas(64) A lanes[NV * kW];
+  FASTMETA_UNROLL
+  for (int v = 0; v < NV; ++v) store(lanes + v * kW, sum[v]);
+  for (int l = count; l < NV * kW; ++l) lanes[l] = A(0);
+  Vec<A> total{};
+  FASTMETA_UNROLL
+  for (int v = 0; v < NV; ++v) total += load(lanes + v * kW);
+  return static_cast<double>(hsum<A>(total));
+}
+
 // From dL/dz (weights) and similarities (tile) to the coefficients of the gradients, into the tile,
 // for n supports. row_own[r] (a vector) collects what support r's own vector receives. Returns sum
 // dL/dz * similarity.
@@ -312,13 +327,11 @@ static __attribute__((noinline)) double coefficients(const GradientPanel<A>& x, 
     }
     if constexpr (kOwn) row_own[r] += row;
   }
-  Vec<A> total{};
-  FASTMETA_UNROLL
-  for (int v = 0; v < NV; ++v) {
-    total += scale_sum[v];
-    if constexpr (kOwn) store(x.own + v * kW, load(x.own + v * kW) + own[v]);
+  if constexpr (kOwn) {
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) store(x.own + v * kW, load(x.own + v * kW) + own[v]);
   }
-  return static_cast<double>(hsum<A>(total));
+  return sum_over_queries<A>(scale_sum, x.count);
 }
 
 template <class A, int NV>

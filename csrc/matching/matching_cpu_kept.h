@@ -133,6 +133,7 @@ struct KeptBackward {
     const int width = panels.vectors_in(i) * kW;
     const int count = static_cast<int>(min_of<int64_t>(width, p.num_queries - begin));
     GradientPanel<A> panel{};
+    panel.count = count;
     panel.terms = x.query_terms + begin;
     panel.own = x.query_own + begin;
     zero_row(panel.own, width);

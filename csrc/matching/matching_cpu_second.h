@@ -233,16 +233,14 @@ static __attribute__((noinline)) double second_coefficients(const SecondPanel<A>
       rows.own_dot[r] += row_dot;
     }
   }
-  Vec<A> total{};
-  FASTMETA_UNROLL
-  for (int v = 0; v < NV; ++v) {
-    total += scale_sum[v];
-    if constexpr (kOwn) {
+  if constexpr (kOwn) {
+    FASTMETA_UNROLL
+    for (int v = 0; v < NV; ++v) {
       store(x.own + v * kW, load(x.own + v * kW) + own[v]);
       store(x.own_dot + v * kW, load(x.own_dot + v * kW) + own_dot[v]);
     }
   }
-  return static_cast<double>(hsum<A>(total));
+  return sum_over_queries<A>(scale_sum, x.count);
 }
 
 template <class A, int NV>

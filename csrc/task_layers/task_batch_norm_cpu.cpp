@@ -126,7 +126,7 @@ void backward_job(const BatchNorm& args, int64_t job) {
   c.each([&](int64_t at, int n) {
     const Vec<A> grad = load_part(g + at, n);
     sum_g += grad;
-    sum_gx += grad * ((load_part(x + at, n) - mean) * rstd);
+    sum_gx += grad * first_lanes<A>((load_part(x + at, n) - mean) * rstd, n);
   });
   c.template store_column<S>(args.to_weight, c.total(sum_gx));
   c.template store_column<S>(args.to_bias, c.total(sum_g));
@@ -151,7 +151,7 @@ void second_job(const BatchNorm& args, int64_t job) {
   const Vec<A> z = c.column(static_cast<const S*>(args.z), args.channels);
   Vec<A> sum_u{}, sum_g{}, sum_ux{}, sum_gx{}, sum_ug{};
   c.each([&](int64_t at, int n) {
-    const Vec<A> normal = (load_part(x + at, n) - mean) * rstd;
+    const Vec<A> normal = first_lanes<A>((load_part(x + at, n) - mean) * rstd, n);
     const Vec<A> a = load_part(u + at, n), b = load_part(g + at, n);
     sum_u += a;
     sum_g += b;

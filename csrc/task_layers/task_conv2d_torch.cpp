@@ -28,6 +28,14 @@ Conv2d problem(const Tensor& like, const std::vector<int64_t>& x, const std::vec
   STD_TORCH_CHECK(x[0] == w[0] && x[2] == w[2] * g.groups && w[1] % g.groups == 0 && w[1] > 0 &&
                       w[2] > 0 && w[3] > 0 && w[4] > 0,
                   "fastmeta: weight does not fit x");
+  // What comes now must not overflow: sizes in 31 bits, and all padded images in memory's.
+  for (const int64_t value :
+       {g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, w[3], w[4]}) {
+    STD_TORCH_CHECK(value <= INT32_MAX, "fastmeta: stride, padding or dilation out of range");
+  }
+  const double pixels = static_cast<double>(x[3] + 2 * g.padding_h) *
+                        static_cast<double>(x[4] + 2 * g.padding_w) * static_cast<double>(x[2]);
+  STD_TORCH_CHECK(pixels < 0x1p48, "fastmeta: padded x is too large");
   const int64_t out_h = g.out_h(x[3], w[3]), out_w = g.out_w(x[4], w[4]);
   STD_TORCH_CHECK(x[3] + 2 * g.padding_h > g.dilation_h * (w[3] - 1) &&
                       x[4] + 2 * g.padding_w > g.dilation_w * (w[4] - 1),

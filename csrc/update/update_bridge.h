@@ -39,7 +39,7 @@ inline int64_t range_stride(const std::vector<int64_t>& shape, const std::vector
       dense = dense && strides[d] == expected;
       constant = constant && strides[d] == 0;
     }
-    expected *= shape[d];
+    expected *= std::max<int64_t>(shape[d], 1);  // as torch strides what is empty
   }
   if (constant) return 0;
   return dense ? width : -1;
@@ -51,8 +51,8 @@ inline bool describe(const Tensor& tensor, const std::vector<int64_t>& shape, co
   const int64_t rank = static_cast<int64_t>(shape.size());
   const int64_t element = range_stride(shape, strides, split.cut, rank, 1);
   if (element < 0) return false;
-  const int64_t task =
-      range_stride(shape, strides, 0, split.cut, element == 0 ? 1 : split.elements);
+  const int64_t task = range_stride(shape, strides, 0, split.cut,
+                                    element == 0 ? 1 : std::max<int64_t>(split.elements, 1));
   if (task < 0) return false;
   *operand = Operand{tensor.const_data_ptr(), task, element};
   return true;

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastmeta.data.episode import Episode
-from fastmeta.data.stream import EpisodeStream, check_integer, task_generator
-from fastmeta.errors import fail
+from fastmeta.data.stream import EpisodeStream, task_generator
+from fastmeta.errors import check_integer, fail
 
 __all__ = ["Sinusoids", "sinusoids"]
 

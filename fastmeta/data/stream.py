@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastmeta.data.episode import Episode
-from fastmeta.errors import fail
+from fastmeta.errors import check_integer, fail
 
-__all__ = ["EpisodeStream", "check_integer", "task_generator"]
+__all__ = ["EpisodeStream", "task_generator"]
 
 
 def task_generator(seed: int, task: int) -> np.random.Generator:
@@ -150,14 +150,3 @@ class _Order:
 
 def _identity(episode: Episode) -> Episode:
     return episode
-
-
-def check_integer(name: str, argument: str, value: Any, low: int, high: int | None = None) -> int:
-    """The value as an int of at least ``low`` and below ``high``; raises for anything else."""
-    wanted = f"an integer of at least {low}" + ("" if high is None else f" and below {high}")
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        fail(TypeError, name, argument, wanted, repr(value))
-    number = operator.index(value)
-    if number < low or (high is not None and number >= high):
-        fail(ValueError, name, argument, wanted, number)
-    return number

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmeta.errors import check_choice, fail
+from fastmeta.errors import check_choice, check_integer, fail
 
 __all__ = ["MLP", "Conv4", "ResNet12"]
 
@@ -69,7 +69,7 @@ class _Images(nn.Sequential):
             self.embedding_dim = width * math.prod(shrink(side) for side in sides)
         self.add_module("flatten", nn.Flatten())
         if num_classes is not None:
-            _check_size(name, "num_classes", num_classes)
+            check_integer(name, "num_classes", num_classes, 1)
             if self.embedding_dim is None:
                 wanted = "given with num_classes and output='flatten'"
                 fail(ValueError, name, "image_size", wanted, "None")
@@ -123,8 +123,8 @@ class Conv4(_Images):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        _check_size("Conv4", "in_channels", in_channels)
-        _check_size("Conv4", "hidden", hidden)
+        check_integer("Conv4", "in_channels", in_channels, 1)
+        check_integer("Conv4", "hidden", hidden, 1)
         check_choice("Conv4", "pooling", pooling, ("max", "stride"))
         check_choice("Conv4", "norm", norm, ("batch", "group", "none"))
         self.in_channels = in_channels
@@ -184,7 +184,7 @@ class ResNet12(_Images):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        _check_size("ResNet12", "in_channels", in_channels)
+        check_integer("ResNet12", "in_channels", in_channels, 1)
         check_choice("ResNet12", "norm", norm, ("batch", "group", "none"))
         if len(widths) != 4:
             fail(ValueError, "ResNet12", "widths", "four integers", repr(widths))
@@ -192,7 +192,7 @@ class ResNet12(_Images):
         self.min_size = 16
         channels = in_channels
         for index, width in enumerate(widths):
-            _check_size("ResNet12", "widths", width)
+            check_integer("ResNet12", "widths", width, 1)
             self.add_module(f"block{index + 1}", _ResidualBlock(channels, width, norm))
             channels = width
         self._finish(channels, output, image_size, lambda side: side // 16, num_classes)
@@ -255,7 +255,7 @@ class MLP(nn.Sequential):
         if len(sizes) < 2:
             fail(ValueError, "MLP", "sizes", "at least two integers", repr(sizes))
         for size in sizes:
-            _check_size("MLP", "sizes", size)
+            check_integer("MLP", "sizes", size, 1)
         check_choice("MLP", "norm", norm, ("none", "batch", "layer"))
         if not callable(activation):
             check_choice("MLP", "activation", activation, tuple(_ACTIVATIONS))
@@ -282,11 +282,6 @@ class MLP(nn.Sequential):
             wanted = f"of shape [N, ...] with {self.in_features} elements a row"
             fail(ValueError, "MLP", "input", wanted, f"shape {list(x.shape)}")
         return super().forward(x)
-
-
-def _check_size(function: str, argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        fail(ValueError, function, argument, "an integer of at least 1", repr(value))
 
 
 def _norm2d(norm: str, channels: int) -> nn.Module:

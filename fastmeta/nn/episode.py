@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmeta.errors import check_int_tensor, check_labels, describe, fail, is_tracing
+from fastmeta.errors import (
+    check_int_tensor,
+    check_labels,
+    check_num_classes,
+    describe,
+    fail,
+    is_tracing,
+)
 from fastmeta.ops._matching_inputs import mask_labels
 
 __all__ = ["Episode", "read_episode"]
@@ -106,12 +113,8 @@ def read_episode(
         bounds = _bounds(labels, query_y, query_mask)
     if num_classes is None:
         num_classes = _count_classes(name, bounds)
-    elif (
-        isinstance(num_classes, bool)
-        or not isinstance(num_classes, (int, torch.SymInt))
-        or num_classes < 1
-    ):
-        fail(ValueError, name, "num_classes", "an integer of at least 1", repr(num_classes))
+    else:
+        num_classes = check_num_classes(name, num_classes)
     check_labels(name, "support_y", labels, num_classes)
     if query_y is not None:
         check_labels(name, "query_y", query_y, num_classes)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.errors import check_choice, describe, fail
+from fastmeta.errors import check_choice, describe, fail, is_number
 from fastmeta.nn.episode import Episode, read_episode
 from fastmeta.ops.matching import matching_attention, matching_nll
 
@@ -49,8 +49,7 @@ class EpisodicClassifier(nn.Module):
             wanted = "a torch.nn.Module or None"
             fail(TypeError, name, "query_encoder", wanted, describe(query_encoder))
         check_choice(name, "encode", encode, ("joint", "separate"))
-        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not is_number or not 0 < scale < math.inf:
+        if not is_number(scale) or not 0 < scale < math.inf:
             fail(ValueError, name, "scale", "a positive number", describe(scale))
         self.encoder = encoder
         self.query_encoder = query_encoder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmeta.errors import check_float_tensor, fail
+from fastmeta.errors import check_float_tensor, check_integer, fail
 
 __all__ = ["FullContextEmbedding"]
 
@@ -66,11 +66,8 @@ class FullContextEmbedding(nn.Module):
     def __init__(self, embedding_dim: int, steps: int = 5) -> None:
         super().__init__()
         name = "FullContextEmbedding"
-        for argument, value, least in (("embedding_dim", embedding_dim, 1), ("steps", steps, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                fail(ValueError, name, argument, f"an integer of at least {least}", repr(value))
-        self.embedding_dim = dim = embedding_dim
-        self.steps = steps
+        self.embedding_dim = dim = check_integer(name, "embedding_dim", embedding_dim, 1)
+        self.steps = check_integer(name, "steps", steps, 0)
         # Gates in the order of torch.nn.LSTM: input, forget, cell, output. First index of the
         # supports' weights: the direction (forward, backward). The queries' recurrent weight takes
         # [h, r].

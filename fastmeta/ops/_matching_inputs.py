@@ -15,7 +15,9 @@ from fastmeta.errors import (
     check_float_tensor,
     check_int_tensor,
     check_labels,
+    check_num_classes,
     fail,
+    is_number,
     is_tracing,
 )
 from fastmeta.ops._define import acc_dtype
@@ -42,9 +44,7 @@ class MatchingInputs:
     ) -> None:
         self.function = function
         check_choice(function, "similarity", similarity, SIMILARITIES)
-        if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
-            fail(ValueError, function, "num_classes", "an integer of at least 1", repr(num_classes))
-        self.num_classes = num_classes
+        self.num_classes = num_classes = check_num_classes(function, num_classes)
         if (
             lengths is None
             and mask is None
@@ -224,7 +224,7 @@ def _scale_tensor(
     function: str, scale: float | Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if not is_number(scale):
             fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
         if device.type == "cpu" and _may_keep_tensors():
             return _constant(float(scale), dtype)

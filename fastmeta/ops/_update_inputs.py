@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastmeta.errors import check_float_tensor, describe, fail
+from fastmeta.errors import check_float_tensor, describe, fail, is_number
 from fastmeta.ops._define import acc_dtype
 
 __all__ = ["Entries", "Groups", "Params", "check_number", "lead", "ranks_of", "unlead_rates"]
@@ -143,7 +143,7 @@ class Groups:
         if isinstance(rate, Tensor):
             self._check_like(argument, rate, grad)
             return rate.to(acc_dtype(grad.dtype))
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        if not is_number(rate):
             fail(TypeError, function, argument, "a number or a tensor", describe(rate))
         return self._constant(float(rate), grad)
 
@@ -177,7 +177,7 @@ def check_number(
     function: str, argument: str, value: Any, least: float, below: float | None = None
 ) -> float:
     """A number of at least ``least``, and less than ``below``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         fail(TypeError, function, argument, "a number", describe(value))
     if not (value >= least and value < (float("inf") if below is None else below)):
         limit = "finite" if below is None else f"below {below:g}"

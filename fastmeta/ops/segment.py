@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.errors import check_float_tensor, check_int_tensor, check_labels, fail
+from fastmeta.errors import (
+    check_float_tensor,
+    check_int_tensor,
+    check_labels,
+    check_num_classes,
+    fail,
+)
 from fastmeta.ops._define import Op, acc_dtype, define_op, fold_tasks
 
 __all__ = ["segment_mean"]
@@ -50,8 +56,7 @@ def segment_mean(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     """
     name = "segment_mean"
     check_float_tensor(name, "values", values, min_dim=2)
-    if not isinstance(num_classes, (int, torch.SymInt)) or num_classes < 1:
-        fail(ValueError, name, "num_classes", "an integer of at least 1", repr(num_classes))
+    num_classes = check_num_classes(name, num_classes)
     check_int_tensor(name, "labels", labels, device=values.device)
     if labels.dim() < 1 or labels.shape[-1] != values.shape[-2]:
         wanted = f"of shape [..., S={values.shape[-2]}], like values"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastmeta.errors import check_float_tensor, describe, fail
+from fastmeta.errors import check_float_tensor, check_integer, describe, fail, is_number
 from fastmeta.ops._define import LIBRARY, Op, acc_dtype, define_op, fold_tasks
 from fastmeta.ops._task_norm import norm as _norm
 
@@ -110,10 +110,9 @@ def task_conv2d(
     check_float_tensor(name, "x", x)
     if x.dim() != 5:
         fail(ValueError, name, "x", "of shape [T, N, C, H, W]", f"shape {list(x.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        fail(TypeError, name, "groups", "an integer", describe(groups))
+    groups = check_integer(name, "groups", groups, 1)
     tasks, channels = x.shape[0], x.shape[2]
-    if groups < 1 or channels % groups or channels == 0:
+    if channels % groups or channels == 0:
         fail(ValueError, name, "groups", f"a divisor of the {channels} channels of x", groups)
     shape = (tasks, None, channels // groups, None, None)
     _check_like(name, "weight", weight, x, shape, "[T, O, C / groups, kh, kw]")
@@ -176,7 +175,7 @@ def task_batch_norm(
     for argument, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             _check_like(name, argument, value, x, (x.shape[0], x.shape[2]), "[T, C]")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if not is_number(eps):
         fail(TypeError, name, "eps", "a number", describe(eps))
     if not eps > 0:
         fail(ValueError, name, "eps", "above 0", eps)
@@ -203,11 +202,10 @@ def _check_like(
 
 def _pair(function: str, argument: str, value: Any, least: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
+    if len(pair) != 2:
         fail(TypeError, function, argument, "an integer or a pair of integers", describe(value))
-    if min(pair) < least:
-        fail(ValueError, function, argument, f"at least {least}", value)
-    return pair
+    first, second = (check_integer(function, argument, v, least, 2**31) for v in pair)
+    return first, second
 
 
 # ---- linear: of x and weight it is a product, and so is either derivative.

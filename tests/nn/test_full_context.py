@@ -233,7 +233,7 @@ def test_forget_gates_start_open():
     [
         (lambda m, s, q: FullContextEmbedding(0), ValueError, "embedding_dim must be"),
         (lambda m, s, q: FullContextEmbedding(4, -1), ValueError, "steps must be"),
-        (lambda m, s, q: FullContextEmbedding(4, 1.5), ValueError, "steps must be .* got 1.5"),
+        (lambda m, s, q: FullContextEmbedding(4, 1.5), TypeError, "steps must be .* got float 1.5"),
         (lambda m, s, q: m(s[0], q), ValueError, "support must be"),
         (lambda m, s, q: m(s[..., :2], q), ValueError, r"support must be .*embedding_dim=3"),
         (lambda m, s, q: m(s, q[..., :2]), ValueError, "query must be"),

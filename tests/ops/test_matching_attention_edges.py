@@ -1,5 +1,6 @@
 """``fm.matching_attention`` at its edges: padding, empty, zero, huge, NaN, and wrong input."""
 
+import numpy as np
 import pytest
 import torch
 from opcases import (
@@ -9,8 +10,10 @@ from opcases import (
     assert_same,
     attention_definition,
     error,
+    isas,
     layouts,
     leaves,
+    use_isa,
     weighted_sum,
 )
 
@@ -229,7 +232,7 @@ Q, S, Y = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=to
         ),
         (ValueError, r"labels must be in .*got -1", (Q, S, Y - 1, 2), {}),
         (ValueError, "num_classes must be an integer of at least 1, got 0", (Q, S, Y, 0), {}),
-        (ValueError, "num_classes must be an integer", (Q, S, Y, 2.0), {}),
+        (TypeError, "num_classes must be an integer .* got float 2.0", (Q, S, Y, 2.0), {}),
         (ValueError, "leading dimensions that broadcast", (Q, S[:1].expand(3, 5, 4), Y, 2), {}),
         (ValueError, "similarity must be one of 'dot'.*'l2'", (Q, S, Y, 2), {"similarity": "l2"}),
         (ValueError, "output must be one of", (Q, S, Y, 2), {"output": "logits"}),
@@ -297,3 +300,45 @@ def test_raw_op_is_safe_with_wild_labels():
     expected = torch.ops.fastmeta.matching_attention(query, support, padded, *args)
     assert torch.equal(logp, expected[0])
     assert torch.equal(lse, expected[1])
+
+
+def test_num_classes_of_any_integer_type_and_size():
+    query, support, labels, targets, _, _ = CASES[3].make()
+    first = fm.matching_attention(query, support, labels, 4)
+    for count in (np.int64(4), np.uint8(4)):
+        found = fm.matching_attention(query, support, labels, count, scale=np.float32(1))
+        assert torch.equal(found, first)
+    for function, rest in ((fm.matching_attention, ()), (fm.matching_nll, (targets,))):
+        with pytest.raises(ValueError, match=r"num_classes must be below 2\*\*31, got 23058"):
+            function(query, support, labels, *rest, 2**61)
+    arguments = (query, support, labels, targets, torch.ones(1).double(), None, 2**61, "dot")
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.fastmeta.matching_nll(*arguments)
+
+
+def test_no_tasks_have_a_weight_of_their_own():
+    query, support = torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)
+    labels = torch.zeros(0, 3, dtype=torch.long)
+    weight = torch.zeros(0, 4, requires_grad=True)
+    logp = fm.matching_attention(query, support, labels, 2, similarity="additive", weight=weight)
+    (grad,) = torch.autograd.grad(logp.sum(), weight, create_graph=True)
+    assert grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("queries", [3, 16, 17])
+def test_the_scale_of_huge_distances_has_a_gradient(queries, isa):
+    """Vectors far from 0 and near each other: the lanes past the last query are infinitely far."""
+    generator = torch.Generator().manual_seed(0)
+    query = 1e20 + torch.randn(1, queries, 8, generator=generator) * 1e15
+    support = 1e20 + torch.randn(1, 5, 8, generator=generator) * 1e15
+    labels = torch.arange(5)[None] % 2
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        scale = torch.tensor(1e-15, dtype=dtype, requires_grad=True)
+        with use_isa(isa):
+            logp = fm.matching_attention(
+                query.to(dtype), support.to(dtype), labels, 2, similarity="euclidean", scale=scale
+            )
+            grads.append(torch.autograd.grad(weighted_sum(logp), scale)[0])
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-4, atol=0)

@@ -211,3 +211,13 @@ def test_errors_name_the_argument(change, message):
     given = {"x": torch.ones(2, 3, 4)}
     with pytest.raises((TypeError, ValueError), match=f"task_batch_norm: {message}"):
         fm.task_batch_norm(**(given | change))
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_rows_that_do_not_fill_a_vector_at_the_largest_numbers(isa):
+    """What lies past a row must not reach a sum, not even as 0 times infinity."""
+    x = torch.full((1, 7, 2, 3), 2.0**121, requires_grad=True)
+    weight = torch.ones(1, 2, requires_grad=True)
+    with use_isa(isa):
+        grads = torch.autograd.grad(fm.task_batch_norm(x, weight).sum(), (x, weight))
+    assert all(g.isfinite().all() for g in grads)

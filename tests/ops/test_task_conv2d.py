@@ -195,10 +195,10 @@ def test_bit_equal_for_any_number_of_threads():
         ({"weight": torch.ones(2, 6, 4, 3, 3).half()}, r"weight must be torch\.float32, like x"),
         ({"bias": torch.ones(2, 5)}, r"bias must be of shape \[T, O\] = \[2, 6\]"),
         ({"groups": 3}, "groups must be a divisor of the 4 channels of x, got 3"),
-        ({"groups": 2.0}, "groups must be an integer, got float 2.0"),
-        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"groups": 2.0}, "groups must be an integer of at least 1, got float 2.0"),
+        ({"stride": 0}, "stride must be an integer of at least 1 and below 2147483648, got 0"),
         ({"stride": (1, 2, 3)}, "stride must be an integer or a pair of integers"),
-        ({"padding": -1}, "padding must be at least 0"),
+        ({"padding": -1}, "padding must be an integer of at least 0"),
         ({"dilation": 3}, r"x must be at least as large, with its padding, as the window \[3, 3\]"),
     ],
 )
@@ -206,3 +206,22 @@ def test_errors_name_the_argument(change, message):
     given = {"x": torch.ones(2, 3, 4, 5, 5), "weight": torch.ones(2, 6, 4, 3, 3)}
     with pytest.raises((TypeError, ValueError), match=f"task_conv2d: {message}"):
         fm.task_conv2d(**(given | change))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": (2**63 - 1, 0)},
+        {"padding": (2**61, 0), "dilation": (2**62, 1)},
+        {"padding": (2**31 - 1, 2**31 - 1), "dilation": (2**31 - 1, 2**31 - 1)},
+    ],
+    ids=str,
+)
+def test_sizes_past_all_memory_are_refused(options):
+    x, weight = torch.zeros(1, 1, 1, 5, 5), torch.zeros(1, 1, 1, 3, 3)
+    with pytest.raises((ValueError, RuntimeError)):
+        fm.task_conv2d(x, weight, **options)
+    two = {k: v if isinstance(v, tuple) else (v, v) for k, v in options.items()}
+    geometry = (1, 1, *two.get("padding", (0, 0)), *two.get("dilation", (1, 1)), 1)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.fastmeta.task_conv2d(x, weight, None, *geometry)
