@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -98,10 +99,10 @@ class AdaptedTask:
 class AdaptedTasks:
     """T adapted tasks, as ``MAML.adapt`` returns them.
 
-    Call them on queries Tensor[T, Q, ...], index them (an `AdaptedTask`, or of a slice the tasks in
-    it), iterate over them, save them. What did not adapt (with ANIL the body) and the buffers are
-    not
-    copied: they are those of the model, so further training of it shows here. ``save`` keeps all.
+    Call them on queries Tensor[T, Q, ...], index them (an `AdaptedTask`, or of a slice, a list or a
+    tensor of numbers or of bools the tasks that it names), iterate over them, save them. What did
+    not adapt (with ANIL the body) and the buffers are not copied: they are those of the model, so
+    further training of it shows here. ``save`` keeps all.
 
     Attributes:
         parameters: The adapted parameters by name, Tensor[T, *shape] each; with their graph, unless
@@ -139,17 +140,25 @@ class AdaptedTasks:
     def __getitem__(self, index: int) -> AdaptedTask: ...
 
     @overload
-    def __getitem__(self, index: slice) -> AdaptedTasks: ...
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> AdaptedTasks: ...
 
-    def __getitem__(self, index: int | slice) -> AdaptedTask | AdaptedTasks:
-        parts = {}
-        if isinstance(index, slice):
-            parts = {name: p[index] for name, p in self.parameters.items()}
-            return AdaptedTasks(self._model, self._runner, parts)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"AdaptedTasks: index {index} is out of range for {len(self)} tasks")
-        parts = {name: p[index] for name, p in self.parameters.items()}
-        return AdaptedTask(self._model, self._runner, parts)
+    def __getitem__(
+        self, index: int | slice | Sequence[int] | Tensor
+    ) -> AdaptedTask | AdaptedTasks:
+        several: slice | Tensor
+        if isinstance(index, slice) or (isinstance(index, Tensor) and index.dim()):
+            several = index
+        elif isinstance(index, Sequence):
+            several = torch.tensor(index, dtype=None if len(index) else torch.int64)
+        else:
+            task = operator.index(index)
+            if not -len(self) <= task < len(self):
+                wanted = f"out of range for {len(self)} tasks"
+                raise IndexError(f"AdaptedTasks: index {task} is {wanted}")
+            parts = {name: p[task] for name, p in self.parameters.items()}
+            return AdaptedTask(self._model, self._runner, parts)
+        parts = {name: p[several] for name, p in self.parameters.items()}
+        return AdaptedTasks(self._model, self._runner, parts)
 
     def __iter__(self) -> Iterator[AdaptedTask]:
         return (self[i] for i in range(len(self)))

@@ -6,6 +6,7 @@ asks the module for its program once for each number of rows, and notices when t
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Engine:
         self._constants: dict[Any, Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> Engine:
-        return Engine(self._loss, self._batch_norm, self._randomness)
+        return Engine(copy.deepcopy(self._loss, memo), self._batch_norm, self._randomness)
 
     def __reduce__(self) -> Any:
         return Engine, (self._loss, self._batch_norm, self._randomness)
@@ -123,6 +124,7 @@ class Engine:
         supports: Supports,
         query_x: Tensor | None,
         masked: bool,
+        query_y: Tensor | None = None,
     ) -> Prepared:
         """What runs these tasks, in which the parameters ``names`` of ``model`` adapt.
 
@@ -130,7 +132,7 @@ class Engine:
             NoProgram: The engine does not take them; the message says why.
         """
         x = supports.x
-        self._check_call(x, supports.y, query_x)
+        self._check_call(x, supports.y, query_x, query_y)
         rows = 0 if query_x is None else query_x.shape[1]
         row, query_row = x.shape[2:], () if query_x is None else query_x.shape[2:]
         signature = (x.dtype, x.device, supports.y.shape[2:], tuple(names))
@@ -154,7 +156,9 @@ class Engine:
             raise NoProgram("tasks are padded and batch norm takes its statistics over all rows")
         return known
 
-    def _check_call(self, x: Tensor, y: Tensor, query_x: Tensor | None) -> None:
+    def _check_call(
+        self, x: Tensor, y: Tensor, query_x: Tensor | None, query_y: Tensor | None
+    ) -> None:
         if not isinstance(self._loss, NamedLoss):
             raise NoProgram("the loss is a function of your own")
         unusual = _unusual(x.device.type)
@@ -166,6 +170,9 @@ class Engine:
             raise NoProgram("supports and queries differ in dtype")
         if not self._loss.labelled and y.dtype != x.dtype:
             raise NoProgram("targets differ from inputs in dtype")
+        for target in (y, query_y):
+            if target is not None and target.requires_grad and torch.is_grad_enabled():
+                raise NoProgram("targets require a gradient")
         for t in (x, y, query_x):
             if t is not None and (
                 type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided
@@ -378,6 +385,8 @@ class Engine:
             return None
         ready, (fast, shared) = found
         support_x, support_y, query_x, query_y = given
+        if support_y.requires_grad or query_y.requires_grad:
+            return None
         assert isinstance(self._loss, NamedLoss)
         if self._loss.labelled:
             if ready.normalises and min(int(support_y.min()), int(query_y.min())) < 0:

@@ -149,6 +149,10 @@ class TaskRunner:
 
     def predict(self, weights: Weights, queries: Queries) -> Tensor:
         """Predictions of tasks with the weights ``weights.theta``, Tensor[T, ...] each."""
+        if not queries.x.shape[0]:  # of any one task they have the shape
+            theta = [t.new_zeros(1, *t.shape[1:]) for t in weights.theta]
+            one = Queries(queries.x.new_zeros(1, *queries.x.shape[1:]))
+            return self.predict(replace(weights, theta=theta), one)[:0]
         parts = []
         for start, stop in self._chunks(queries.x):
             part = replace(weights, theta=[t[start:stop] for t in weights.theta])
@@ -190,7 +194,7 @@ class TaskRunner:
         ``given`` are the user's inputs. ``backward`` hands the gradients out: no graph is left.
         """
         padded = queries.known is not False and queries.padded()
-        ready = self._ready(weights, supports, queries.x, padded)
+        ready = self._ready(weights, supports, queries.x, queries.y, padded)
         if ready is not None:
             assert isinstance(self.loss, NamedLoss)
             shape = torch.Size((queries.x.shape[1], *ready.program.output))
@@ -229,7 +233,12 @@ class TaskRunner:
         return loss
 
     def _ready(
-        self, weights: Weights, supports: Supports, query_x: Tensor | None, masked: bool
+        self,
+        weights: Weights,
+        supports: Supports,
+        query_x: Tensor | None,
+        query_y: Tensor | None,
+        masked: bool,
     ) -> Prepared | None:
         """What the engine runs, or None where another strategy is to; then `passed` says why."""
         if self.strategy not in ("auto", "engine"):
@@ -239,7 +248,9 @@ class TaskRunner:
         try:
             if self.strategy == "auto" and not compiled:
                 raise NoProgram(f"it is not compiled for {device}")
-            ready = self.engine.prepare(weights.model, weights.names, supports, query_x, masked)
+            ready = self.engine.prepare(
+                weights.model, weights.names, supports, query_x, masked, query_y
+            )
         except NoProgram as reason:
             if self.strategy == "engine":
                 fail(ValueError, "MAML", "strategy", f"another here, because {reason}", "'engine'")
@@ -277,7 +288,7 @@ class TaskRunner:
         if job.supports is not None:
             masked = job.queries is not None and job.queries.padded()
             query_x = None if job.queries is None else job.queries.x
-            ready = self._ready(job.weights, job.supports, query_x, masked)
+            ready = self._ready(job.weights, job.supports, query_x, None, masked)
             if ready is not None:
                 return self._engine(job, ready)
         if self.strategy == "loop":

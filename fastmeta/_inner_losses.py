@@ -89,11 +89,22 @@ class NamedLoss:
 
 Loss = NamedLoss | Callable[[Tensor, Tensor], Tensor]
 
+#: As torch names them.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "huber": F.huber_loss,
+    "bce": F.binary_cross_entropy_with_logits,
+}
+
 
 def named_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """The loss as one that is known, if it is: by name or as a module of torch, with its mean."""
+    """The loss as one that is known, if it is: by name, as torch's function or its module."""
     if isinstance(loss, str):
         return NamedLoss(loss)
+    for kind, function in _FUNCTIONS.items():
+        if loss is function:
+            return NamedLoss(kind)
     if getattr(loss, "reduction", None) != "mean":
         return loss
     if type(loss) is nn.CrossEntropyLoss:
@@ -170,7 +181,10 @@ def check_supports(
     if isinstance(loss, NamedLoss):
         name = f"loss={loss.kind!r}"
         if loss.labelled and (not integral or support_y.dtype == torch.bool):
-            wanted = f"an integer tensor of class labels for {name}"
+            wanted = (
+                f"an integer tensor of class labels for {name} (probabilities of classes take a "
+                "loss function of your own)"
+            )
             fail(TypeError, function, f"{role}_y", wanted, describe(support_y))
         if not loss.labelled and not support_y.is_floating_point():
             fail(
@@ -267,5 +281,8 @@ def query_losses(loss: Loss, prediction: Tensor, queries: Supports) -> Tensor:
         if queries.padded():
             valid = queries.valid(task)
             kept = kept[0][valid], kept[1][valid]
-        losses.append(call_loss(loss, *kept))
+        if kept[1].shape[0]:
+            losses.append(call_loss(loss, *kept))
+        else:  # the mean over nothing would be NaN
+            losses.append(prediction[task].sum() * 0)
     return torch.stack(losses)

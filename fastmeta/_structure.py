@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta._lent_model import Slots, find_slots
 
 __all__ = ["Structure"]
+
+COPIED = (dict, list, set)
+CONTAINERS = (dict, list, set, tuple)
+IMMUTABLE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+
+#: What is looked at elsewhere, or holds no options.
+OPAQUE = (
+    Tensor,
+    nn.Module,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+)
+
+#: Containers of more items are data.
+MOST_ITEMS = 1000
 
 
 class Structure:
@@ -17,7 +40,8 @@ class Structure:
     A walk over the modules costs as much as a whole meta-step of a small network. Comparing their
     attributes to what they were, tensors by identity, costs a tenth of it and notices whatever may
     matter: modules, parameters and buffers that come, go or are tied, training flags, options of
-    layers, hooks, ``requires_grad``, dtypes.
+    layers and of objects that the modules hold (a config), hooks, ``requires_grad``, dtypes. It
+    does not see globals, closures and slots.
 
     Attributes:
         slots: Where each parameter is held.
@@ -27,14 +51,15 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self.slots: Slots = find_slots(model)
         self.buffers: dict[str, tuple[dict[str, Any], str]] = {}
-        self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._watched: list[tuple[Any, Any]] = []
+        self._seen: dict[int, Any] = {}
         self._hooks: list[Any] = []
         for prefix, module in model.named_modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     name = f"{prefix}.{key}" if prefix else key
                     self.buffers[name] = (module._buffers, key)
-            self._modules.append((module.__dict__, _copied(module.__dict__)))
+            self._watch(module.__dict__)
             self._hooks += [
                 module._forward_hooks,
                 module._forward_pre_hooks,
@@ -45,11 +70,38 @@ class Structure:
         self._tensors = [slot for places in self.slots.values() for slot in places]
         self._tensors += self.buffers.values()
         self._state = self._look()
+        self._seen.clear()
+
+    def _watch(self, attributes: dict[str, Any]) -> None:
+        self._watched.append((attributes, _copied(attributes)))
+        for value in attributes.values():
+            if type(value) in COPIED:
+                self._enter(value)
+            else:
+                self._meet(value)
+
+    def _meet(self, value: Any) -> None:
+        """Watch what a container or a plain object has in it, once."""
+        if isinstance(value, (IMMUTABLE, OPAQUE)) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, CONTAINERS):
+            if not isinstance(value, tuple):
+                self._watched.append((value, copy.copy(value)))
+            self._enter(value)
+        elif hasattr(value, "__dict__"):
+            self._watch(vars(value))
+
+    def _enter(self, container: Any) -> None:
+        """Meet the items of a container, but for a large one's: no options but data."""
+        if len(container) <= MOST_ITEMS:
+            for item in container.values() if isinstance(container, dict) else container:
+                self._meet(item)
 
     def same(self) -> bool:
         """Whether nothing has changed but the numbers."""
         try:
-            for now, before in self._modules:
+            for now, before in self._watched:
                 if now != before:
                     return False
             if self._hooked is not None and [len(h) for h in self._hooks] != self._hooked:
@@ -78,4 +130,4 @@ class Structure:
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     """Attributes with containers copied, so that a change within them shows."""
-    return {k: v.copy() if type(v) in (dict, list, set) else v for k, v in attributes.items()}
+    return {k: v.copy() if type(v) in COPIED else v for k, v in attributes.items()}

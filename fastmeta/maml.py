@@ -16,7 +16,7 @@ from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, check_supports, named_loss
 from fastmeta._lent_model import BATCH_NORM, Slots
 from fastmeta._selection import Adapt, check_model, selected
-from fastmeta.errors import check_choice, describe, fail
+from fastmeta.errors import check_choice, check_integer, describe, fail, is_number
 
 __all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
 
@@ -114,9 +114,10 @@ class MAML(nn.Module):
         steps: Number K of steps, at least 0.
         first_order: Whether to treat inner gradients as constants.
         loss: ``"cross_entropy"`` (integer labels), ``"mse"``, ``"huber"`` or ``"bce"`` with logits
-            (targets of the prediction's shape), the modules of ``torch.nn`` for these, or a
+            (targets of the prediction's shape), torch's functions and modules for these, or a
             function ``(prediction, target) -> scalar`` of one task's Tensor[S, ...] each. What
-            ``ignore_index`` of ``nn.CrossEntropyLoss`` names is padding.
+            ``ignore_index`` of ``nn.CrossEntropyLoss`` names is padding. A module becomes a
+            submodule, ``criterion``: what it has of parameters learns in the outer loop.
         adapt: Which parameters adapt: names, names of submodules or glob patterns; or a predicate
             ``(name, parameter) -> bool``; or a submodule of ``model``; None: all. Parameters with
             ``requires_grad=False`` never do.
@@ -165,13 +166,13 @@ class MAML(nn.Module):
     ) -> None:
         super().__init__()
         check_model(model)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        if not is_number(lr):
             fail(TypeError, "MAML", "lr", "a number", describe(lr))
         if not (math.isfinite(lr) and lr >= 0):
             fail(ValueError, "MAML", "lr", "finite and at least 0", lr)
-        _check_count("steps", steps, 0)
+        steps = check_integer("MAML", "steps", steps, 0)
         if task_chunk is not None:
-            _check_count("task_chunk", task_chunk, 1)
+            task_chunk = check_integer("MAML", "task_chunk", task_chunk, 1)
         if not callable(loss):
             check_choice("MAML", "loss", loss, (*LOSSES, "a function"))
         for argument, value in (("first_order", first_order), ("lr_per_step", lr_per_step)):
@@ -192,6 +193,8 @@ class MAML(nn.Module):
         self.first_order = first_order
         self.learn_lr = learn_lr
         self.lr_per_step = lr_per_step
+        if isinstance(loss, nn.Module):
+            self.criterion = loss
         self._adapt = selected(model, adapt)
         self._runner = TaskRunner(
             named_loss(loss),
@@ -208,23 +211,28 @@ class MAML(nn.Module):
         support_x: Tensor,
         support_y: Tensor,
         query_x: Tensor,
+        query_y: Tensor | None = None,
         *,
         query_mask: Tensor | None = None,
     ) -> Tensor:
         """Adapt to each task's supports and predict for its queries.
+
+        With ``query_y`` it is `loss`, for ``DistributedDataParallel``, which averages the gradients
+        of its own call alone: ``ddp(support_x, support_y, query_x, query_y).backward()``.
 
         Args:
             support_x: Tensor[T, S, ...], what the model takes, S of them for each of T tasks.
             support_y: Tensor[T, S, ...], labels (int64 or another integer type, -100 is padding) or
                 targets.
             query_x: Tensor[T, Q, ...].
+            query_y: Tensor[T, Q, ...], to get the loss of the queries instead of predictions.
             query_mask: bool Tensor[T, Q], False for padding, which then gives zeros and does not
                 enter batch statistics; None if there is none, or if the model treats each row by
                 itself.
 
         Returns:
             Tensor[T, Q, ...]: what the model returns, differentiable in the model's parameters, the
-            learned rates and all floating inputs.
+            learned rates and all floating inputs. With ``query_y`` a scalar, as `loss`.
 
         Raises:
             ValueError: The inputs do not fit each other or the model; CPU labels out of range
@@ -233,6 +241,11 @@ class MAML(nn.Module):
             RuntimeError: No adapted parameter influences the loss, or this is called within
                 ``torch.func.vmap``. Errors of the model surface as they are.
         """
+        if query_y is not None:
+            if query_mask is not None:
+                wanted = "None with query_y, whose label -100 says the same"
+                fail(ValueError, "MAML", "query_mask", wanted, describe(query_mask))
+            return self.loss(support_x, support_y, query_x, query_y)
         with _outside_inference():
             support_x, support_y, query_x = _usable(support_x, support_y, query_x)
             supports = check_supports("MAML", support_x, support_y, self._runner.loss)
@@ -289,7 +302,7 @@ class MAML(nn.Module):
 
         With the engine this leaves out autograd, which for small networks takes as long as the
         tasks. Tensor hooks run; hooks of autograd's nodes do not where autograd is left out, and
-        with them those of DistributedDataParallel, so under it call ``loss(...).backward()``.
+        with them those of DistributedDataParallel: under it, see the call.
 
         Returns:
             The loss, without a graph.
@@ -354,9 +367,7 @@ class MAML(nn.Module):
             >>> tasks(torch.randn(4, 3, 2)).shape, tasks[0](torch.randn(3, 2)).shape
             (torch.Size([4, 3, 1]), torch.Size([3, 1]))
         """
-        if steps is None:
-            steps = self.steps
-        _check_count("steps", steps, 0, "MAML.adapt")
+        steps = self.steps if steps is None else check_integer("MAML.adapt", "steps", steps, 0)
         with _outside_inference():
             support_x, support_y = _usable(support_x, support_y)
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
@@ -448,10 +459,3 @@ def _outside_inference() -> Iterator[None]:
 def _usable(*inputs: Any) -> tuple[Any, ...]:
     """Copies of inference tensors, which autograd cannot save; all else as it is."""
     return tuple(t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in inputs)
-
-
-def _check_count(argument: str, value: Any, least: int, function: str = "MAML") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail(TypeError, function, argument, "an integer", describe(value))
-    if value < least:
-        fail(ValueError, function, argument, f"at least {least}", value)

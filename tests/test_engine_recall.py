@@ -1,5 +1,7 @@
 """The short way of `MAML.loss` for calls like earlier ones: nothing may slip past what it skips."""
 
+import types
+
 import pytest
 import torch
 from mamlcases import agree, batch, make
@@ -101,6 +103,68 @@ def test_padding_and_batch_norm_go_another_way_again():
         agree(loss_gradients(maml, padded), wanted)
         assert maml.plan().strategy == "loop"
     maml.loss(*data)
+    assert maml.plan().strategy == "engine"
+
+
+class Configured(nn.Module):
+    """A forward pass that reads options of objects and of nested containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.config = types.SimpleNamespace(skip=False, deeper=types.SimpleNamespace(scale=False))
+        self.options = {"blocks": [{"square": False}]}
+
+    def forward(self, x):
+        y = self.layer(x)
+        y = torch.relu(y) if self.config.skip else y
+        y = torch.tanh(y) if self.config.deeper.scale else y
+        return y + y if self.options["blocks"][0]["square"] else y
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "skip", True),
+        lambda model: setattr(model.config.deeper, "scale", True),
+        lambda model: model.options["blocks"][0].update(square=True),
+        lambda model: model.options["blocks"].__setitem__(0, {"square": True}),
+    ],
+)
+def test_changes_of_what_the_module_holds_are_noticed(change):
+    torch.manual_seed(0)
+    model, data = Configured().double(), make("mlp")[1]
+    maml = MAML(model, 0.1, 2)
+    for _ in range(2):
+        before = loss_gradients(maml, data)
+    assert maml.plan().strategy == "engine"
+    change(model)
+    after = loss_gradients(maml, data)
+    assert not torch.equal(after["value"], before["value"])
+    agree(after, loss_gradients(MAML(model, 0.1, 2), data), 1e-12)
+
+
+def test_targets_that_learn_are_noticed():
+    model, (sx, _, qx, _) = make("mlp")
+    sy, qy = torch.randn(*sx.shape[:2], 3).double(), torch.randn(*qx.shape[:2], 3).double()
+    maml = MAML(model, 0.1, 2, loss="mse")
+    for _ in range(2):
+        maml.loss(sx, sy, qx, qy)
+    assert maml.plan().strategy == "engine"
+    sy.requires_grad_()
+    qy.requires_grad_()
+    wanted = torch.autograd.grad(
+        MAML(model, 0.1, 2, loss="mse", strategy="loop").loss(sx, sy, qx, qy), (sy, qy)
+    )
+    found = torch.autograd.grad(maml.loss(sx, sy, qx, qy), (sy, qy))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert "targets require a gradient" in maml.plan().reason
+    ((wanted),) = torch.autograd.grad(
+        MAML(model, 0.1, 2, loss="mse", strategy="loop")(sx, sy, qx).sum(), sy
+    )
+    torch.testing.assert_close(torch.autograd.grad(maml(sx, sy, qx).sum(), sy)[0], wanted)
+    with torch.no_grad():
+        maml.loss(sx, sy, qx, qy)
     assert maml.plan().strategy == "engine"
 
 

@@ -3,6 +3,7 @@
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from mamlcases import agree, batch, cross_entropy, make, meta_gradients
@@ -86,6 +87,13 @@ def test_indexing(name, strategy):
     assert isinstance(part, AdaptedTasks)
     assert len(part) == 2
     torch.testing.assert_close(part(data[2][1:]), wanted[1:], rtol=1e-12, atol=1e-12)
+    for index in ([2, 0], (2, 0), torch.tensor([2, 0])):
+        torch.testing.assert_close(tasks[index](data[2][[2, 0]]), wanted[[2, 0]])
+    chosen = tasks[torch.tensor([True, False, True])]
+    torch.testing.assert_close(chosen(data[2][::2]), wanted[::2])
+    assert isinstance(tasks[np.int64(1)], AdaptedTask)
+    for none in (tasks[:0], tasks[[]]):
+        assert none(data[2][:0]).shape == (0, *wanted.shape[1:])
     with pytest.raises(IndexError, match="index 3 is out of range for 3 tasks"):
         tasks[3]
     assert "3 tasks" in repr(tasks)

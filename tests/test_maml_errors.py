@@ -33,8 +33,8 @@ def linear():
         ({"lr": float("inf")}, ValueError, "lr must be finite and at least 0, got inf"),
         ({"lr": "0.1"}, TypeError, "lr must be a number, got str '0.1'"),
         ({"lr": True}, TypeError, "lr must be a number"),
-        ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
-        ({"steps": 1.5}, TypeError, r"steps must be an integer, got float 1\.5"),
+        ({"steps": -1}, ValueError, "steps must be an integer of at least 0, got -1"),
+        ({"steps": 1.5}, TypeError, r"steps must be an integer .* got float 1\.5"),
         ({"steps": True}, TypeError, "steps must be an integer"),
         ({"first_order": 1}, TypeError, "first_order must be True or False, got int 1"),
         ({"lr_per_step": 1}, TypeError, "lr_per_step must be True or False, got int 1"),
@@ -58,8 +58,8 @@ def linear():
             "strategy must be one of 'auto', 'engine', 'vmap', 'loop'",
         ),
         ({"randomness": "error"}, ValueError, "randomness must be one of 'different', 'same'"),
-        ({"task_chunk": 0}, ValueError, "task_chunk must be at least 1, got 0"),
-        ({"task_chunk": "all"}, TypeError, "task_chunk must be an integer, got str 'all'"),
+        ({"task_chunk": 0}, ValueError, "task_chunk must be an integer of at least 1, got 0"),
+        ({"task_chunk": "all"}, TypeError, "task_chunk must be an integer .* got str 'all'"),
         ({"adapt": "head"}, ValueError, r"adapt must be names or patterns.*\['bias', 'weight'\]"),
         ({"adapt": ["bias", "head*"]}, ValueError, r"adapt must be names.*got 'head\*'"),
         ({"adapt": lambda name, p: False}, ValueError, "adapt must be such that.*got no match"),
@@ -174,7 +174,9 @@ def test_running_statistics_that_are_not_there(strategy):
 
 def test_steps_of_adapt():
     maml = MAML(linear(), 0.1, 1)
-    with pytest.raises(ValueError, match=r"MAML\.adapt: steps must be at least 0, got -2"):
+    with pytest.raises(
+        ValueError, match=r"MAML\.adapt: steps must be an integer of at least 0, got -2"
+    ):
         maml.adapt(X, Y, steps=-2)
     with pytest.raises(TypeError, match="steps must be an integer"):
         maml.adapt(X, Y, steps=2.0)
