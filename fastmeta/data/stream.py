@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from fastmeta.data.episode import Episode
 from fastmeta.errors import check_integer, fail
 
 __all__ = ["EpisodeStream", "task_generator"]
+
+Stream = TypeVar("Stream", bound="EpisodeStream")
 
 
 def task_generator(seed: int, task: int) -> np.random.Generator:
@@ -56,8 +59,43 @@ class EpisodeStream(ABC):
         self.batches = None if batches is None else check_integer(name, "batches", batches, 1)
         self.seed = check_integer(name, "seed", seed, 0, 2**64)
         self.workers = check_integer(name, "workers", workers, 0)
+        self._rank, self._ranks = 0, 1
         self._position = 0
         self._resumed = False
+
+    def shard(self: Stream, rank: int, ranks: int) -> Stream:
+        """The part of this stream that one of several processes reads, from its beginning.
+
+        Batch ``i`` of the part is batch ``i * ranks + rank`` of the whole. Of a stream with an end
+        all parts are of one length: the last ``batches % ranks`` batches are nobody's. A state of
+        one part serves all, so that one process can save it.
+
+        Args:
+            rank: of this process (``torch.distributed.get_rank()``).
+            ranks: number of processes (``torch.distributed.get_world_size()``).
+
+        Raises:
+            ValueError: a number is out of range, there are fewer batches than processes, or the
+                stream is a part already.
+
+        Example:
+            >>> from fastmeta.data import sinusoids
+            >>> stream = sinusoids(tasks=4, batches=7)
+            >>> [len(stream.shard(rank, 2)) for rank in range(2)]
+            [3, 3]
+        """
+        name = f"{type(self).__name__}.shard"
+        if self._ranks != 1:
+            fail(ValueError, name, "the stream", "a whole one", f"1 of {self._ranks} parts")
+        ranks = check_integer(name, "ranks", ranks, 1)
+        rank = check_integer(name, "rank", rank, 0, ranks)
+        if self.batches is not None and self.batches < ranks:
+            fail(ValueError, name, "ranks", f"at most the {self.batches} batches", ranks)
+        part = copy.copy(self)
+        part._rank, part._ranks = rank, ranks
+        part.batches = None if self.batches is None else self.batches // ranks
+        part._position, part._resumed = 0, False
+        return part
 
     @abstractmethod
     def make(self, tasks: range) -> Episode:
@@ -73,7 +111,8 @@ class EpisodeStream(ABC):
         if index < 0 or (self.batches is not None and index >= self.batches):
             top = "" if self.batches is None else f" and below {self.batches}"
             fail(IndexError, type(self).__name__, "index", f"not negative{top}", index)
-        return self.make(range(index * self.tasks, (index + 1) * self.tasks))
+        batch = index * self._ranks + self._rank
+        return self.make(range(batch * self.tasks, (batch + 1) * self.tasks))
 
     def __len__(self) -> int:
         """The number of batches of a stream that has an end."""
@@ -114,7 +153,7 @@ class EpisodeStream(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream: what :meth:`load_state_dict` needs to go on from here."""
-        return {**self.signature(), "position": self._position}
+        return {**self.signature(), "ranks": self._ranks, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place; the next loop begins there.
@@ -123,7 +162,8 @@ class EpisodeStream(ABC):
             ValueError: the state is of another stream (seed, tasks, data or sizes differ).
         """
         name = f"{type(self).__name__}.load_state_dict"
-        mine = self.signature()
+        state = {"ranks": 1, **state}
+        mine = {**self.signature(), "ranks": self._ranks}
         for key in (*mine, "position"):
             if key not in state:
                 fail(

@@ -67,7 +67,8 @@ def adam_update(
         params: A tensor, a sequence or a mapping of tensors: Tensor[T, ...] each, or Tensor[...]
             shared by the tasks of its gradient; float32, float64, bfloat16 or float16.
         grads: Of the same structure, the gradients, Tensor[T, ...] each; None where a parameter has
-            none: it and its state stay as they are.
+            none: it and its state stay as they are (but ``step`` counts for all: a parameter whose
+            first gradient comes later has the smaller bias correction of that step).
         state: What the last step returned; None before the first. Its entries are Tensor[T, ...]
             each, float32 (float64 for float64), or None for zero.
         lr: Step size: a number, a tensor that broadcasts to every gradient, or a structure like

@@ -114,3 +114,44 @@ class Counting(EpisodeStream):
 def test_own_streams():
     got = torch.cat([e.support_x.flatten() for e in Counting(tasks=2, batches=3, workers=1)])
     assert got.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batches", [None, 7])
+def test_shards_are_the_stream_without_what_is_over(workers, batches):
+    whole = sampler(workers=workers, batches=batches)
+    want = [sampler()[i] for i in range(6)]
+    parts = [whole.shard(rank, 3) for rank in range(3)]
+    for rank, part in enumerate(parts):
+        assert_same(take(part, 2), want[rank::3])
+    if batches:
+        assert [len(part) for part in parts] == [2, 2, 2]
+        assert [len(list(part)) for part in parts] == [2, 2, 2]
+
+
+def test_the_state_of_one_shard_serves_all():
+    first = sampler().shard(0, 2)
+    take(first, 2)
+    other = sampler().shard(1, 2)
+    other.load_state_dict(first.state_dict())
+    assert_same(take(other, 1), [sampler()[5]])
+    with pytest.raises(ValueError, match=r"'ranks'.*must be 1 as here"):
+        sampler().load_state_dict(first.state_dict())
+    old = sampler().state_dict()
+    del old["ranks"]
+    sampler().load_state_dict(old)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((2, 2), "rank must be an integer of at least 0 and below 2"),
+        ((0, 0), "ranks must be an integer of at least 1"),
+        ((0, 9), "ranks must be at most the 7 batches, got 9"),
+    ],
+)
+def test_wrong_shards_are_told(numbers, message):
+    with pytest.raises(ValueError, match=f"EpisodeSampler.shard: {message}"):
+        sampler(batches=7).shard(*numbers)
+    with pytest.raises(ValueError, match="a whole one, got 1 of 2 parts"):
+        sampler().shard(0, 2).shard(0, 2)
