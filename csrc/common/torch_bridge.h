@@ -104,6 +104,10 @@ inline void check_shape(const Tensor& tensor, const char* name, const std::vecto
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+#if defined(FASTMETA_CUDA)
+  // One CUDA tensor among the operands brings a call here; the CPU bridge sees none but the CPU's.
+  STD_TORCH_CHECK(tensor.is_cuda(), "fastmeta: ", name, " is not on a CUDA device");
+#endif
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastmeta: ", name, " has an unexpected dtype");
 }
 

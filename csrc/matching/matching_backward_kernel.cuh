@@ -164,7 +164,7 @@ __device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& para
       const acc similarity = similarity_of(p.similarity, column.v[r]);
       const acc dz =
           score_gradient(params, shared.terms, query, row, shared.cls[support], scale * similarity);
-      row_sum[r] += dz * similarity;
+      if (dz != acc(0)) row_sum[r] += dz * similarity;  // of no row it may be infinite
       column.v[r] = dz * slope_factor(p.similarity, column.v[r]);
       // Rows are exact in TF32, scaled ones would not be.
       if constexpr (Product::kTensor) column.v[r] *= other_side.factor[other];

@@ -57,20 +57,20 @@ __device__ __forceinline__ void fill_coefficients(const SecondParams<scalar_t>& 
         pairs.scale += h * relative + g * derivative;
         a = scale * h + scale_dot * g;
         b = scale * g;
-      }
-      if constexpr (Product::kScalesRows) {
-        if (p.similarity == Similarity::kCosine) {
-          pairs.own[r] += a * similarity + b * (derivative - acc(2) * own_stretch * similarity);
-          pairs.own_dot[r] += b * similarity;
-          a -= b * stretches;
+        if constexpr (Product::kScalesRows) {
+          if (p.similarity == Similarity::kCosine) {
+            pairs.own[r] += a * similarity + b * (derivative - acc(2) * own_stretch * similarity);
+            pairs.own_dot[r] += b * similarity;
+            a -= b * stretches;
+          }
+        } else if (p.similarity == Similarity::kSqEuclidean) {
+          a *= 2;
+          b *= 2;
+        } else if (p.similarity == Similarity::kEuclidean) {
+          const acc inverse = similarity == acc(0) ? acc(0) : acc(-1) / similarity;
+          a = (a + b * derivative * inverse) * inverse;
+          b *= inverse;
         }
-      } else if (p.similarity == Similarity::kSqEuclidean) {
-        a *= 2;
-        b *= 2;
-      } else if (p.similarity == Similarity::kEuclidean) {
-        const acc inverse = similarity == acc(0) ? acc(0) : acc(-1) / similarity;
-        a = (a + b * derivative * inverse) * inverse;
-        b *= inverse;
       }
       sums.v[r] = a;
       tangents.v[r] = b;

@@ -236,12 +236,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     acc largest = 0;
     for (int64_t k = lane; k < dim; k += kWarpSize) {
       const acc value = abs_(to_acc(values[k]));
-      if (!(value <= largest)) largest = value;  // a NaN stays
+      if (value > largest || value != value) largest = value;  // a NaN stays
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
       const acc other = __shfl_xor_sync(kFullMask, largest, offset);
-      if (!(other <= largest)) largest = other;
+      if (other > largest || other != other) largest = other;
     }
     acc sum = 0;
     for (int64_t k = lane; k < dim; k += kWarpSize) {
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     sum = lane_sum(sum);
     if (lane == 0) {
       const acc inverse = acc(1) / largest / sqrt_(sum);
-      factor[row] = largest == acc(0) ? acc(0) : inverse;
+      // What is too short to have an inverse length is as the zero vector.
+      factor[row] = largest == acc(0) || inverse == infinity<acc>() ? acc(0) : inverse;
     }
   }
 }

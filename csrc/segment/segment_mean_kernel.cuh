@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool owns = feature < p.dim;
     const scalar_t* column = p.values + task * p.num_rows * p.dim + feature;
 
-    acc sum[width] = {};
+    acc total[width] = {};
     int64_t count = 0;
     for (int64_t row0 = 0; row0 < p.num_rows; row0 += kStep) {
       unsigned vote[kRounds];
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       __syncthreads();
       if (owns) {
+        acc sum[width] = {};  // of a step: one sum over a large class would lose digits
 #pragma unroll 4
         for (int m = 0; m < found; ++m) {
           acc value[width];
@@ -111,6 +112,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int i = 0; i < width; ++i) sum[i] += value[i];
         }
+#pragma unroll
+        for (int i = 0; i < width; ++i) total[i] += sum[i];
       }
       count += found;  // the next step writes its list after a barrier
     }
@@ -118,8 +121,8 @@ __global__ void __launch_bounds__(kThreads)
     if (owns) {
 #pragma unroll
       for (int i = 0; i < width; ++i)
-        sum[i] = count > 0 ? sum[i] / static_cast<acc>(count) : acc(0);
-      store<width>(p.mean + segment * p.dim + feature, sum);
+        total[i] = count > 0 ? total[i] / static_cast<acc>(count) : acc(0);
+      store<width>(p.mean + segment * p.dim + feature, total);
     }
     if (slice == 0 && threadIdx.x == 0) p.count[segment] = static_cast<acc>(count);
   }

@@ -7,7 +7,8 @@
 //
 // where a patch of grad is what reached a position of x, one output a tap or none: every element of
 // x has one owner, which sums over the taps in their order. With a stride s, only one tap in s_h
-// s_w reaches; the others are multiplied as zeros.
+// s_w reaches; the others are multiplied as zeros, which an infinite or NaN weight makes NaN there
+// too.
 //
 // - tiles, banks: as of the product, with patches in place of its right operand
 // - FLOPs, bytes: 3 x 3 windows from 64 to 64 channels have 2 * 9 * 64 FLOPs for 2 b bytes of

@@ -1,6 +1,7 @@
 // What the launchers of the updates share: layouts of operands, and launches on the caller's stream
 // of as many tensors as a kernel's parameters hold.
 #pragma once
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -53,7 +54,7 @@ inline Layout layout_of(const char* what, const char* name, const Operand& opera
                         int64_t num_tasks, int64_t num_elements) {
   const int64_t by_task = operand.task_stride, by_element = operand.element_stride;
   if (by_element == 1) {
-    if (num_tasks == 1 || by_task == num_elements) return Layout::kOwn;
+    if (num_tasks == 1 || by_task == std::max<int64_t>(num_elements, 1)) return Layout::kOwn;
     if (by_task == 0) return Layout::kShared;
   } else if (by_element == 0) {
     if (by_task == 0) return Layout::kOne;

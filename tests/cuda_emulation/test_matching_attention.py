@@ -152,6 +152,33 @@ def test_lengths_of_rows_neither_overflow_nor_vanish(emulation):
     emulation.check(case.run(emulation, nll=False)["logp"], small.double(), small)
 
 
+def test_a_row_too_short_to_have_a_direction_is_as_zero(emulation):
+    case = Case(1, 3, 6, 3, 8, "cosine", torch.float32)
+    case.query[0, 1] = 1e-39
+    got = case.run(emulation, nll=False)
+    case.query[0, 1] = 0
+    zero = case.run(emulation, nll=False)
+    assert all(torch.equal(got[name], zero[name]) for name in got)
+
+
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("queries", [3, 64])
+def test_tiles_past_the_last_row_hold_no_infinities(emulation, queries, nll):
+    """Vectors far from 0 and near each other: what is no row is infinitely far."""
+    case = Case(1, queries, 5, 3, 8, "euclidean", torch.float32)
+    case.query, case.support = (1e20 + x * 1e15 for x in (case.query, case.support))
+    case.scale = case.scale * 1e-15
+    got = case.run(emulation, nll=nll)
+    kind = "nll" if nll else "logp"
+    wanted = case.define(torch.float64)[f"{kind}_grad_scale"]
+    torch.testing.assert_close(got[f"{kind}_grad_scale"].double(), wanted, rtol=1e-3, atol=0)
+    directions = case.directions()
+    for name in ("query", "support"):
+        directions[name] = directions[name] * 1e19
+    second = case.run_second(emulation, nll=nll, dots=directions)
+    assert all(second[name].isfinite().all() for name in ("query", "support", "scale"))
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize(
     "shape", [(0, 2, 3, 2, 4), (2, 0, 3, 2, 4), (2, 3, 0, 2, 4), (2, 3, 4, 2, 0)], ids=str

@@ -123,3 +123,11 @@ def test_no_class_and_no_task_launch_nothing(emulation):
     run_mean(emulation, *make(2, 3, 0, 4, torch.float32), 0, "float32")
     run_mean(emulation, torch.empty(0, 3, 4), torch.empty(0, 3, dtype=torch.long), 2, "float32")
     assert emulation.launches() == []
+
+
+def test_a_large_class_loses_no_digits(emulation):
+    values = torch.full((1, 10_000, 1), 0.1)
+    labels = torch.zeros(1, 10_000, dtype=torch.long)
+    mean, count = run_mean(emulation, values, labels, 1, "float32")
+    assert count.item() == 10_000
+    torch.testing.assert_close(mean.double(), values[:, :1].double(), rtol=1e-5, atol=0)

@@ -250,3 +250,15 @@ P = torch.zeros(2, 3)
 def test_bad_input_names_the_argument(error_type, message, args):
     with pytest.raises(error_type, match=f"sgd_update: .*{message}"):
         fm.sgd_update(*args)
+
+
+def test_empty_parameters_with_a_rate_for_each_task():
+    for shape in ((3, 0), (3, 2, 0), (0, 4)):
+        param, lr = (
+            torch.zeros(shape, requires_grad=True),
+            torch.ones(shape[0], *[1] * (len(shape) - 1)),
+        )
+        out = fm.sgd_update(param, torch.zeros(shape), lr.requires_grad_())
+        assert out.shape == shape
+        grads = torch.autograd.grad(out.sum(), (param, lr))
+        assert not grads[1].any()
