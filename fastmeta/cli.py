@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,8 +85,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     from fastmeta.demo import format_table, run_demo
     from fastmeta.demo_report import check_picture, demo_page, demo_picture
 
+    # Now, and not after minutes of training.
     if arguments.picture is not None:
-        check_picture(arguments.picture)  # now, and not after minutes of training
+        check_picture(arguments.picture)
+    for path in filter(None, (arguments.out, arguments.picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}")
     demo = run_demo(
         seed=arguments.seed,
         seconds=arguments.seconds,

@@ -352,7 +352,7 @@ def _tests(
         tasks=BATCH,
         batches=batches,
         # Away from the training tasks' seeds, so that no distortion is drawn a second time.
-        seed=seed + 2**63,
+        seed=(seed + 2**63) % 2**64,
         transform=change,
     )
 

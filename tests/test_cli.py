@@ -46,3 +46,8 @@ def test_help_lists_the_commands():
         check=True,
     )
     assert "info" in done.stdout
+
+
+def test_a_report_that_cannot_be_written_is_told_before_training(tmp_path, capsys):
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 1
+    assert f"cannot write {tmp_path}" in capsys.readouterr().err

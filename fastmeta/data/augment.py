@@ -166,7 +166,7 @@ class Augment:
 def _control_points() -> Tensor:
     """Places ``[2, 36]`` (x, y) of the control points; the outer ring lies outside the image."""
     step = 2 / (CONTROL - 3)
-    line = torch.arange(CONTROL) * step - 1 - step
+    line = torch.arange(CONTROL, dtype=torch.float32, device="cpu") * step - 1 - step
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()])
 

@@ -77,17 +77,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         Args:
             classes: class labels, each once.
         """
-        chosen = torch.as_tensor(
-            np.fromiter((int(c) for c in classes), np.int64), dtype=torch.int64
-        )
+        chosen = torch.from_numpy(np.fromiter((int(c) for c in classes), np.int64))
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_classes:
             wanted = f"labels in [0, {self.num_classes})"
             fail(ValueError, "LabelledImages.select", "classes", wanted, chosen.tolist())
         if len(set(chosen.tolist())) != chosen.numel():
             fail(ValueError, "LabelledImages.select", "classes", "distinct", chosen.tolist())
-        position = torch.full((self.num_classes,), -1).scatter_(
-            0, chosen, torch.arange(chosen.numel())
-        )
+        position = chosen.new_full((self.num_classes,), -1)
+        position[chosen] = torch.arange(chosen.numel(), device="cpu")
         labels = position[self.labels]
         keep = (labels >= 0).nonzero()[:, 0]
         return LabelledImages(

@@ -120,6 +120,8 @@ class EpisodeSampler(EpisodeStream):
         self._shots = SizeRule("shots", shots)
         self._queries = SizeRule("queries", queries)
         self._data, self._names = _items_of(data)
+        if labels is not None:  # others than those that have names
+            self._names = ()
         if isinstance(self._data, Tensor) and rotations and not _square(self._data):
             wanted = "square images [..., H, H] when rotations=True"
             fail(ValueError, "EpisodeSampler", "data", wanted, f"shape {list(self._data.shape)}")
@@ -165,7 +167,7 @@ class EpisodeSampler(EpisodeStream):
     def class_names(self, index: int) -> list[list[str]]:
         """Names of the classes 0..ways-1 of each task in batch ``index``, for reports."""
         names = []
-        for task in range(index * self.tasks, (index + 1) * self.tasks):
+        for task in self.task_numbers(index):
             plan = self._plan(task_generator(self.seed, task))
             picked = self._pick_classes([plan])[0]
             names.append([self._name(int(c) // self.turns, int(c) % self.turns) for c in picked])

@@ -111,8 +111,12 @@ class EpisodeStream(ABC):
         if index < 0 or (self.batches is not None and index >= self.batches):
             top = "" if self.batches is None else f" and below {self.batches}"
             fail(IndexError, type(self).__name__, "index", f"not negative{top}", index)
+        return self.make(self.task_numbers(index))
+
+    def task_numbers(self, index: int) -> range:
+        """Numbers of the tasks in batch ``index``."""
         batch = index * self._ranks + self._rank
-        return self.make(range(batch * self.tasks, (batch + 1) * self.tasks))
+        return range(batch * self.tasks, (batch + 1) * self.tasks)
 
     def __len__(self) -> int:
         """The number of batches of a stream that has an end."""
@@ -147,7 +151,7 @@ class EpisodeStream(ABC):
             collate_fn=cast("Any", _identity),
             # The loader draws a seed for its workers; from the global generator it would disturb
             # the caller's random numbers.
-            generator=torch.Generator(),
+            generator=torch.Generator(torch.get_default_device()),
         )
         return iter(loader)
 

@@ -154,7 +154,7 @@ def png_bytes(image: Tensor) -> bytes:
     grey = (255 * (1 - image.detach().cpu().float().clamp(0, 1))).round().to(torch.uint8)
     height, width = grey.shape
     # PNG puts a byte before every row that says how it is filtered: 0, not at all.
-    rows = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), grey], 1)
+    rows = torch.cat([grey.new_zeros(height, 1), grey], 1)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunks = [
         (b"IHDR", header),

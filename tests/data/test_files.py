@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import os
 import stat
@@ -5,6 +6,7 @@ import stat
 import numpy as np
 import pytest
 
+from fastmeta.data.digits import read_idx
 from fastmeta.data.files import atomic_write, cache_dir, cached_arrays, data_dir, download_file
 
 
@@ -104,3 +106,22 @@ def test_no_network_is_told_with_the_way_out(tmp_path):
     with pytest.raises(OSError, match=f"cannot download http://127.0.0.1:9/x: .*put it at {path}"):
         download_file("http://127.0.0.1:9/x", path, "0" * 64)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("offset", "flip"), [(8, 1), (10, 0xFF)], ids=["encrypted", "method"])
+def test_a_flipped_byte_in_a_cache_is_damage(offset, flip, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path))
+    made = {"a": np.arange(6)}
+    cached_arrays("x", lambda: made)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[data.rfind(b"PK\1\2") + offset] ^= flip
+    (tmp_path / "x.npz").write_bytes(data)
+    assert np.array_equal(cached_arrays("x", lambda: made)["a"], made["a"])
+
+
+def test_a_damaged_gzip_file_is_told(tmp_path):
+    data = bytearray(gzip.compress(bytes(1000)))
+    data[10] = 0xFF
+    (tmp_path / "x-idx3-ubyte.gz").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged gzip file"):
+        read_idx(tmp_path / "x-idx3-ubyte.gz")

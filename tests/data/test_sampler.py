@@ -65,6 +65,14 @@ def test_sizes_follow_the_request():
     assert any(len(set(row)) > 1 for row in episode.shots.tolist())
 
 
+def test_other_labels_have_no_names_of_the_data():
+    images = LabelledImages(
+        torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 4, ("a", "b", "c", "d")
+    )
+    sampler = EpisodeSampler(images, torch.arange(40) % 2 + 10, ways=2, tasks=1, queries=1)
+    assert set(sampler.class_names(0)[0]) == {"10", "11"}
+
+
 def test_class_names_are_those_of_the_tasks():
     sampler = EpisodeSampler(ITEMS, LABELS, ways=(2, 6), shots=1, queries=1, tasks=9, seed=2)
     names = sampler.class_names(3)

@@ -155,3 +155,25 @@ def test_wrong_shards_are_told(numbers, message):
         sampler(batches=7).shard(*numbers)
     with pytest.raises(ValueError, match="a whole one, got 1 of 2 parts"):
         sampler().shard(0, 2).shard(0, 2)
+
+
+def test_names_are_those_of_the_shards_classes():
+    items, labels = torch.arange(400.0)[:, None], torch.arange(400) % 20
+    part = EpisodeSampler(items, labels, ways=3, queries=1, tasks=1).shard(1, 2)
+    for index in range(3):
+        drawn = labels[part[index].support_x[0, :, 0].long()].tolist()
+        assert part.class_names(index) == [[str(label) for label in drawn]]
+
+
+def test_defaults_of_torch_change_nothing_but_roundings():
+    want = sampler()[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = [sampler()[0], *take(sampler(workers=1), 1)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        got.append(sampler()[0])
+    for episode in got:
+        for x, y in zip(episode, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
