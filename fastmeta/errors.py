@@ -70,6 +70,8 @@ def check_int_tensor(function: str, argument: str, value: Any, *, device: torch.
         or value.is_complex()
     ):
         fail(TypeError, function, argument, "an integer tensor", describe(value))
+    if value.layout != torch.strided:
+        fail(TypeError, function, argument, "a dense (strided) tensor", value.layout)
     if value.device != device:
         fail(ValueError, function, argument, f"on {device}, like the other tensors", value.device)
 

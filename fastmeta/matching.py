@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -132,11 +135,10 @@ class MatchingNetwork(EpisodicClassifier):
         self.context: FullContextEmbedding | None = None
         if isinstance(full_context, FullContextEmbedding):
             self.context = full_context
-        elif not isinstance(full_context, int) or full_context < 0:
-            wanted = "a bool, an integer of at least 0 or a FullContextEmbedding"
-            fail(TypeError, name, "full_context", wanted, describe(full_context))
         elif full_context is not False:
-            steps = 5 if full_context is True else full_context
+            steps = 5
+            if full_context is not True:
+                steps = check_integer(name, "full_context", full_context, 0)
             self.context = FullContextEmbedding(self._require_dim("full_context"), steps)
         self.attention: nn.Module | None = None
         if similarity == "additive":
@@ -197,14 +199,15 @@ class MatchingNetwork(EpisodicClassifier):
         return f"similarity={self.similarity!r}, {super().extra_repr()}"
 
     def _require_dim(self, purpose: str) -> int:
-        dim = self.embedding_dim
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        dim: Any = self.embedding_dim
+        integral = hasattr(type(dim), "__index__") and not isinstance(dim, bool)
+        if not integral or dim < 1:
             wanted = (
                 f"the number of features of the encoder (at least 1) with {purpose}, since "
                 "encoder.embedding_dim does not tell it"
             )
             fail(ValueError, type(self).__name__, "embedding_dim", wanted, repr(dim))
-        return dim
+        return operator.index(dim)
 
     def _compare(self, support: Tensor, query: Tensor | None, episode: Episode) -> Comparison:
         assert query is not None

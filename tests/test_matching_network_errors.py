@@ -25,7 +25,7 @@ from fastmeta.nn import Conv4
         ({"encode": "both"}, ValueError, "encode must be one of 'joint', 'separate'"),
         ({"query_encoder": "f"}, TypeError, "query_encoder must be"),
         ({"full_context": "yes"}, TypeError, "full_context must be"),
-        ({"full_context": -1}, TypeError, "full_context must be"),
+        ({"full_context": -1}, ValueError, "full_context must be"),
         (
             {"encoder": nn.Linear(2, 2), "full_context": True},
             ValueError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class _Images(nn.Sequential):
             self.add_module("mean", nn.AdaptiveAvgPool2d(1))
             self.embedding_dim = width
         elif image_size is not None:
-            sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+            sides = tuple(image_size) if isinstance(image_size, Iterable) else (image_size,) * 2
             if len(sides) != 2 or min(sides) < self.min_size:
                 wanted = f"an integer or two (H, W), of at least {self.min_size}"
                 fail(ValueError, name, "image_size", wanted, repr(image_size))
@@ -254,8 +254,7 @@ class MLP(nn.Sequential):
         super().__init__()
         if len(sizes) < 2:
             fail(ValueError, "MLP", "sizes", "at least two integers", repr(sizes))
-        for size in sizes:
-            check_integer("MLP", "sizes", size, 1)
+        sizes = [check_integer("MLP", "sizes", size, 1) for size in sizes]
         check_choice("MLP", "norm", norm, ("none", "batch", "layer"))
         if not callable(activation):
             check_choice("MLP", "activation", activation, tuple(_ACTIVATIONS))

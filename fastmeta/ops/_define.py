@@ -39,6 +39,7 @@ OPS: list[str] = []
 
 # Private names of torch, bound here once, so that a torch without them fails at import.
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 _below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 
 
@@ -162,6 +163,7 @@ def define_op(
         spec, flat = _flatten(args)
         return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
 
+    lists = any(str(a.type) == "List[Tensor]" for a in raw._schema.arguments)
     eager_call = _eager_route(name, raw, setup_context, backward, function_backward, eager_options)
 
     def call(*args: Any) -> Any:
@@ -169,6 +171,9 @@ def define_op(
             return functorch_call(*args)
         if torch.compiler.is_compiling():
             return raw(*args)
+        if lists and any(isinstance(a, Tensor) and _is_batched(a) for a in _flatten(args)[1]):
+            # torch.autograd.grad(is_grads_batched=True), whose vmap cannot take lists.
+            return reference(*args)
         if torch.is_grad_enabled() and _requires_grad(args):
             return eager_call(*args)
         with _below_autograd():

@@ -16,6 +16,7 @@ from fastmeta.errors import (
     check_int_tensor,
     check_labels,
     check_num_classes,
+    describe,
     fail,
     is_number,
     is_tracing,
@@ -228,6 +229,8 @@ def _scale_tensor(
             fail(TypeError, function, "scale", "a number or a tensor", f"{type(scale).__name__}")
         if device.type == "cpu" and _may_keep_tensors():
             return _constant(float(scale), dtype)
+        if torch.compiler.is_compiling():  # a number of the graph's, which may be another next time
+            return torch.ones(1, dtype=dtype, device=device) * scale
         return torch.full((1,), float(scale), dtype=dtype, device=device)
     check_float_tensor(function, "scale", scale)
     if scale.device != device:
@@ -251,14 +254,33 @@ def mask_labels(
         if mask is not None:
             fail(ValueError, function, "mask", "None when lengths is given", "both")
         check_int_tensor(function, "lengths", lengths, device=device)
+        lengths = lengths.long()
         if not is_tracing(lengths) and device.type == "cpu" and lengths.numel():
             low, high = (int(v) for v in torch.aminmax(lengths))
             if low < 0 or high > supports:
                 fail(ValueError, function, "lengths", f"in [0, S={supports}]", f"[{low}, {high}]")
         mask = torch.arange(supports, device=device) < lengths.unsqueeze(-1)
+        if lengths.shape != labels.shape[:-1]:
+            mask = _fits(function, "lengths", mask, lengths.shape, labels)
     assert mask is not None
+    if not isinstance(mask, Tensor):
+        fail(TypeError, function, "mask", "a bool tensor", describe(mask))
+    if mask.layout != torch.strided:
+        fail(TypeError, function, "mask", "a dense (strided) tensor", mask.layout)
     if mask.dtype != torch.bool or mask.device != device:
         fail(TypeError, function, "mask", f"bool on {device}", f"{mask.dtype} on {mask.device}")
     if mask.dim() < 1 or mask.shape[-1] != supports:
         fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
+    if mask.shape != labels.shape:
+        mask = _fits(function, "mask", mask, mask.shape, labels)
     return torch.where(mask, labels, IGNORE_INDEX)
+
+
+def _fits(function: str, argument: str, mask: Tensor, shape: torch.Size, labels: Tensor) -> Tensor:
+    """The mask as labels have their shape, or theirs as it has."""
+    try:
+        torch.broadcast_shapes(mask.shape, labels.shape)
+    except RuntimeError:
+        wanted = f"of a shape that broadcasts with labels {list(labels.shape)}"
+        fail(ValueError, function, argument, wanted, f"shape {list(shape)}")
+    return mask

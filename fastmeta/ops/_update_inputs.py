@@ -167,6 +167,8 @@ class Groups:
 
     def _constant(self, value: float, grad: Tensor) -> Tensor:
         """One tensor of a number for all entries that use it."""
+        if torch.compiler.is_compiling():  # a number of the graph's, which may be another next time
+            return torch.ones((), dtype=acc_dtype(grad.dtype), device=grad.device) * value
         key = (value, acc_dtype(grad.dtype), grad.device)
         if key not in self._constants:
             self._constants[key] = torch.full((), value, dtype=key[1], device=key[2])

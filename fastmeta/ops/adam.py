@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.errors import describe, fail
+from fastmeta.errors import check_integer, describe, fail
 from fastmeta.ops._define import Op, define_op
 from fastmeta.ops._update_inputs import (
     Entries,
@@ -113,9 +113,7 @@ def adam_update(
         state = AdamState(0, None, None)
     elif not isinstance(state, AdamState):
         fail(TypeError, function, "state", "an AdamState or None", describe(state))
-    if isinstance(state.step, bool) or not isinstance(state.step, int) or state.step < 0:
-        fail(ValueError, function, "state.step", "an integer of at least 0", state.step)
-    step = state.step + 1
+    step = check_integer(function, "state.step", state.step, 0) + 1
     entries = Entries(function, params)
     grads_, rates = entries.column("grads", grads), entries.shared_column("lr", lr)
     updated: list[Any] = list(entries.params)
@@ -306,7 +304,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 _adam_backward: Op = define_op(
     "adam_update_backward(Tensor[] grad_outs, Tensor[] grad_out_means, Tensor[] grad_out_squares, "
     "Tensor[] grads, Tensor[] means, Tensor[] squares, Tensor[] lrs, float beta1, float beta2, "
-    "float eps, float eps_root, int step, bool with_lr) "
+    "float eps, float eps_root, SymInt step, bool with_lr) "
     "-> (Tensor[], Tensor[], Tensor[], Tensor[])",
     reference=_reference_backward,
     fake=_fake_backward,
@@ -317,7 +315,7 @@ _adam_backward: Op = define_op(
 
 _adam: Op = define_op(
     "adam_update(Tensor[] params, Tensor[] grads, Tensor[] means, Tensor[] squares, Tensor[] lrs, "
-    "float beta1, float beta2, float eps, float eps_root, int step) "
+    "float beta1, float beta2, float eps, float eps_root, SymInt step) "
     "-> (Tensor[], Tensor[], Tensor[])",
     reference=_reference,
     fake=_fake,

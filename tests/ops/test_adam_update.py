@@ -218,6 +218,38 @@ def test_compiles_without_graph_breaks():
     )
 
 
+@pytest.mark.compile
+def test_steps_and_rates_that_change_compile_once():
+    def update(param, grad, state, lr):
+        return fm.adam_update(param, grad, state, lr)
+
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    param, state = torch.ones(3, dtype=torch.float64), None
+    wanted, their_state = param, None
+    for step in range(20):
+        grad = torch.full((3,), 1.0 + step, dtype=torch.float64)
+        param, state = compiled(param, grad, state, 0.1 + 0.01 * step)
+        wanted, their_state = update(wanted, grad, their_state, 0.1 + 0.01 * step)
+    torch.testing.assert_close(param, wanted)
+    assert state.step == 20
+
+
+@pytest.mark.parametrize("op", ["sgd", "momentum", "adam"])
+def test_batched_gradients(op):
+    """Through autograd's own vmap, which is not torch.func's."""
+    (param,), (grad,) = tensors([(2, 3)]), tensors([(2, 3)], seed=1)
+    grad.requires_grad_()
+    run = {
+        "sgd": lambda: fm.sgd_update(param, grad, 0.1),
+        "momentum": lambda: fm.momentum_update(param, grad, None, 0.1)[0],
+        "adam": lambda: fm.adam_update(param, grad, None, 0.1)[0],
+    }[op]
+    rows = torch.eye(6, dtype=torch.float64).view(6, 2, 3)
+    (found,) = torch.autograd.grad(run(), grad, rows, is_grads_batched=True)
+    for row, value in zip(rows, found, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(run(), grad, row)[0], value)
+
+
 def test_structures_first_state_and_missing_gradients():
     params, grads = tensors([(2, 3), (2,)]), tensors([(2, 3), (2,)], seed=1)
     named, given = {"a": params[0], "b": params[1]}, {"b": grads[1], "a": None}

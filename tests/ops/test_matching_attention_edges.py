@@ -283,6 +283,21 @@ Q, S, Y = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=to
             (Q, S, Y, 2),
             {"mask": torch.ones(2, 4, dtype=torch.bool)},
         ),
+        (TypeError, "mask must be a bool tensor, got list", (Q, S, Y, 2), {"mask": [[True] * 5]}),
+        (TypeError, "mask must be a dense", (Q, S, Y, 2), {"mask": Y.bool().to_sparse()}),
+        (TypeError, "labels must be a dense", (Q, S, Y.to_sparse(), 2), {}),
+        (
+            ValueError,
+            r"mask must be of a shape that broadcasts with labels \[2, 5\], got shape \[3, 5\]",
+            (Q, S, Y, 2),
+            {"mask": torch.ones(3, 5, dtype=torch.bool)},
+        ),
+        (
+            ValueError,
+            r"lengths must be of a shape that broadcasts with labels \[2, 5\], got shape \[3\]",
+            (Q, S, Y, 2),
+            {"lengths": torch.tensor([1, 2, 3])},
+        ),
     ],
 )
 def test_bad_input_names_the_argument(error_type, message, args, options):
