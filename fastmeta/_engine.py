@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastmeta._descent import Rates
 from fastmeta._engine_loss import Work, hand_out
@@ -168,12 +170,14 @@ class Engine:
             raise NoProgram(f"inputs are {str(x.dtype).removeprefix('torch.')}")
         if query_x is not None and query_x.dtype != x.dtype:
             raise NoProgram("supports and queries differ in dtype")
-        if not self._loss.labelled and y.dtype != x.dtype:
-            raise NoProgram("targets differ from inputs in dtype")
         for target in (y, query_y):
-            if target is not None and target.requires_grad and torch.is_grad_enabled():
+            if target is None:
+                continue
+            if target.requires_grad and torch.is_grad_enabled():
                 raise NoProgram("targets require a gradient")
-        for t in (x, y, query_x):
+            if not self._loss.labelled and target.dtype != x.dtype:
+                raise NoProgram("targets differ from inputs in dtype")
+        for t in (x, y, query_x, query_y):
             if t is not None and (
                 type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided
             ):
@@ -197,6 +201,8 @@ class Engine:
         structure = self.structure(model)
         for name in used:
             tensor = structure.tensor(name)
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                raise NoProgram(f"{name!r} is no plain tensor but a {type(tensor).__name__}")
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise NoProgram(f"{name!r} is {kind} on {tensor.device}, unlike the inputs")
@@ -437,4 +443,8 @@ def _unusual(device_type: str) -> str | None:
         return "torch.func transforms are active"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is active"
     return "autocast is enabled" if torch.is_autocast_enabled(device_type) else None

@@ -59,7 +59,11 @@ def trace(
         NoProgram: It has no engine form; the message names the layer and the reason.
     """
     refuse_hooks(model)
-    with LentModel(model, slots, [], batch_norm=batch_norm, second_order=False):
+    with LentModel(model, slots, [], batch_norm=batch_norm, second_order=False) as lent:
+        # In place of the parameters others, so that one which the model holds elsewhere, too, and
+        # which would not adapt there, is found out.
+        held = {name: places[0][0][places[0][1]] for name, places in slots.items()}
+        lent.place({n: nn.Parameter(p.detach(), p.requires_grad) for n, p in held.items()})
         recorder = _Recorder(model, batch_norm)
         x = recorder.begin((rows, *row), dtype)
         with no_randomness(), torch.enable_grad():
@@ -131,7 +135,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func)
         if rule is None:
-            if func in _PASSIVE:
+            if func in _PASSIVE or (func in _PASSIVE_BUT_OF_VALUES and not self._is_value(args)):
                 return func(*args, **(kwargs or {}))
             title: Any = resolve_name(func)  # type: ignore[no-untyped-call]
             self._stop(f"it calls {title or getattr(func, '__name__', func)}", True)
@@ -143,6 +147,9 @@ class _Recorder(TorchFunctionMode):
             return rule(self, *args, **(kwargs or {}))
         except (TypeError, ValueError) as error:
             self._stop(str(error))
+
+    def _is_value(self, args: Any) -> bool:
+        return bool(args) and id(args[0]) in self._values
 
     def _stop(self, detail: str, unknown: bool = False) -> NoReturn:
         """Raise `NoProgram` in the name of the innermost layer that is at work."""
@@ -183,6 +190,8 @@ class _Recorder(TorchFunctionMode):
     def _add(self, kind: str, *values: Tensor, inplace: Any = False, **options: Any) -> Tensor:
         """A new node, and its value."""
         options = {key: value for key, value in options.items() if value is not None}
+        if any(isinstance(value, Tensor) for value in options.values()):
+            self._stop("a tensor is one of its options")
         node = Node(kind, tuple(self._number(v) for v in values), options)
         if inplace and id(values[0]) in self._viewed:
             self._stop("it writes in place what has another view")
@@ -197,6 +206,7 @@ class _Recorder(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out, features = weight.shape
         _want(tuple(input.shape[1:]) == (features,), f"rows of shape {list(input.shape[1:])}")
+        _want(bias is None or tuple(bias.shape) in ((out,), (1, out)), "its bias's shape")
         return self._add("linear", input, w=self._name(weight), b=self._name(bias), out=out)
 
     def _conv2d(
@@ -367,6 +377,7 @@ class _Recorder(TorchFunctionMode):
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         self._number(input)
+        _want(not isinstance(p, Tensor), "a tensor is one of its options")
         if not training or p == 0:
             return input
         self._dropouts += 1
@@ -446,14 +457,16 @@ _PASSIVE = {
     _T.dim,
     _T.size,
     _T.numel,
-    _T.stride,
     _T.is_floating_point,
     _T.is_complex,
     _T.__len__,
     torch._C._set_grad_enabled,
+    *(getattr(_T, name).__get__ for name in ("shape", "ndim", "dtype")),
+}
+
+#: Those which a value, having no data, would answer in its own way.
+_PASSIVE_BUT_OF_VALUES = {
+    _T.stride,
     _T.is_contiguous,
-    *(
-        getattr(_T, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
-    ),
+    *(getattr(_T, name).__get__ for name in ("device", "layout", "is_cuda", "requires_grad")),
 }

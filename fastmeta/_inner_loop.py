@@ -31,7 +31,8 @@ from fastmeta._inner_losses import (
     task_loss,
 )
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
-from fastmeta._recompute import reads_more, recompute, rng_restore, rng_state
+from fastmeta._recompute import rng_restore, rng_state
+from fastmeta._recomputed_chunk import recomputed_chunk
 from fastmeta.errors import fail
 
 __all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
@@ -109,6 +110,16 @@ class TaskRunner:
         self.refused: str | None = None
         self.last: tuple[str, str] | None = None
 
+    def with_loss(self, loss: Loss) -> TaskRunner:
+        """One like this, of another loss."""
+        return TaskRunner(
+            loss,
+            batch_norm=self.batch_norm,
+            strategy=self.strategy,
+            task_chunk=self.task_chunk,
+            randomness=self.randomness,
+        )
+
     def adapt(
         self, weights: Weights, rates: Rates, supports: Supports, steps: int, first_order: bool
     ) -> list[Tensor]:
@@ -140,7 +151,7 @@ class TaskRunner:
 
         whole = self.task_chunk is None or self.task_chunk >= supports.x.shape[0]
         if not (whole or not torch.is_grad_enabled() or _transforms_active()):
-            run = _recomputed(run)
+            run = recomputed_chunk(run, self.loss)
         parts = [
             run(weights, rates, supports.part(*chunk), queries.part(*chunk))
             for chunk in self._chunks(supports.x)
@@ -341,6 +352,10 @@ class TaskRunner:
         return result
 
     def _vmap(self, job: _Job, reason: str) -> Any:
+        for name, places in job.weights.slots.items():
+            kind = type(places[0][0][places[0][1]])
+            if kind not in (Tensor, nn.Parameter):
+                raise RuntimeError(f"the parameter {name!r} is a {kind.__name__}")
         with job.lend() as lent:
             lent.place(job.weights.others)
             result = job.batched(lent)
@@ -468,40 +483,6 @@ class _Job:
 def _hide(out: Tensor, mask: Tensor) -> Tensor:
     """``out`` with zeros in the rows that are no queries."""
     return torch.where(mask.reshape(*mask.shape, *(1,) * (out.dim() - mask.dim())), out, 0)
-
-
-def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``run`` without its graph: the backward pass of each chunk of tasks builds its own again."""
-
-    def again(weights: Weights, rates: Rates, supports: Supports, queries: Queries) -> Tensor:
-        held = {name: slots[0][0][slots[0][1]] for name, slots in weights.slots.items()}
-        held |= dict(zip(weights.names, weights.theta, strict=True))
-
-        def from_tensors(tensors: list[Tensor]) -> Tensor:
-            values = dict(zip(held, tensors, strict=False))
-            theta = [values.pop(name) for name in weights.names]
-            *rate, support_x, support_y, query_x = tensors[len(held) :]
-            return run(
-                replace(weights, theta=theta, others=values),
-                replace(rates, tensors=rate),
-                replace(supports, x=support_x, y=support_y),
-                replace(queries, x=query_x),
-            )
-
-        def checked(tensors: list[Tensor]) -> Tensor:
-            out = from_tensors(tensors)
-            if all(t.is_leaf for t in tensors) and reads_more(out, tensors):
-                wanted = (
-                    "None for a model or loss that reads tensors with requires_grad=True which "
-                    "are not the model's own parameters, because no gradient would come to them"
-                )
-                fail(RuntimeError, "MAML", "task_chunk", wanted, "a number")
-            return out
-
-        tensors = [*held.values(), *rates.tensors, supports.x, supports.y, queries.x]
-        return recompute(from_tensors, tensors, supports.x.device, again=checked)  # type: ignore[no-any-return]
-
-    return again
 
 
 def _inside_vmap() -> bool:

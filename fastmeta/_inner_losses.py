@@ -107,6 +107,8 @@ def named_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
             return NamedLoss(kind)
     if getattr(loss, "reduction", None) != "mean":
         return loss
+    if isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks):
+        return loss
     if type(loss) is nn.CrossEntropyLoss:
         return NamedLoss("cross_entropy", loss.label_smoothing, loss.ignore_index, source=loss)
     if type(loss) is nn.MSELoss:

@@ -28,6 +28,8 @@ from fastmeta.errors import fail
 
 __all__ = ["BATCH_NORM", "Held", "LentModel", "PaddingMixes", "Slots", "find_slots"]
 
+_saving_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
 #: The choices of ``batch_norm``.
 BATCH_NORM = ("batch", "running")
 
@@ -64,11 +66,19 @@ class _Rules(TorchFunctionMode):
     def __init__(self, batch_norm: str, second_order: bool) -> None:
         super().__init__()
         self.padded: Callable[[], bool] | None = None
+        self.hooks: Any = None
+        self._graph_stays = torch.is_grad_enabled()
         self._batch_norm_policy = batch_norm
         self._second_order = second_order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._graph_stays and _saving_hooks(True) != self.hooks:
+            wanted = (
+                "one that does not checkpoint itself: what torch.utils.checkpoint runs again in "
+                "the backward pass would have other weights (task_chunk bounds the memory)"
+            )
+            fail(RuntimeError, "MAML", "model", wanted, "saved-tensor hooks within it")
         rule = self._RULES.get(func)
         return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
 
@@ -236,6 +246,7 @@ class LentModel(AbstractContextManager["LentModel"]):
         """Output of the model for one task, in torch's own words if it fails."""
         for (held, key), value in zip(self._lent, self._spread(theta), strict=True):
             held[key] = value
+        self._rules.hooks = _saving_hooks(True)
         with self._rules:
             output = self._model(x)
         if not isinstance(output, Tensor):

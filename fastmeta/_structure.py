@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
@@ -15,20 +16,11 @@ from fastmeta._lent_model import Slots, find_slots
 __all__ = ["Structure"]
 
 COPIED = (dict, list, set)
-CONTAINERS = (dict, list, set, tuple)
+CONTAINERS = (dict, list, set, tuple, collections.deque)
 IMMUTABLE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 #: What is looked at elsewhere, or holds no options.
-OPAQUE = (
-    Tensor,
-    nn.Module,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    functools.partial,
-)
+OPAQUE = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 #: Containers of more items are data.
 MOST_ITEMS = 1000
@@ -40,8 +32,9 @@ class Structure:
     A walk over the modules costs as much as a whole meta-step of a small network. Comparing their
     attributes to what they were, tensors by identity, costs a tenth of it and notices whatever may
     matter: modules, parameters and buffers that come, go or are tied, training flags, options of
-    layers and of objects that the modules hold (a config), hooks, ``requires_grad``, dtypes. It
-    does not see globals, closures and slots.
+    layers and of objects that the modules hold (a config, modules in a list), hooks,
+    ``requires_grad``, dtypes, shapes. It does not see globals, closures, slots and numbers in
+    arrays.
 
     Attributes:
         slots: Where each parameter is held.
@@ -52,7 +45,7 @@ class Structure:
         self.slots: Slots = find_slots(model)
         self.buffers: dict[str, tuple[dict[str, Any], str]] = {}
         self._watched: list[tuple[Any, Any]] = []
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, Any] = {id(module): module for module in model.modules()}
         self._hooks: list[Any] = []
         for prefix, module in model.named_modules():
             for key, buffer in module._buffers.items():
@@ -89,6 +82,10 @@ class Structure:
             if not isinstance(value, tuple):
                 self._watched.append((value, copy.copy(value)))
             self._enter(value)
+        elif isinstance(value, functools.partial):
+            self._enter((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            self._meet(value.__self__)
         elif hasattr(value, "__dict__"):
             self._watch(vars(value))
 
@@ -115,7 +112,7 @@ class Structure:
 
     def _look(self) -> list[Any]:
         tensors = (held[key] for held, key in self._tensors)
-        return [(t.requires_grad, t.dtype, t.device) for t in tensors]
+        return [(id(t), t.requires_grad, t.dtype, t.device, t.shape) for t in tensors]
 
     def slot(self, name: str) -> tuple[dict[str, Any], str]:
         """Where the parameter or buffer of this name is."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
-from fastmeta._inner_losses import LOSSES, check_supports, named_loss
+from fastmeta._inner_losses import LOSSES, NamedLoss, check_supports, named_loss
 from fastmeta._lent_model import BATCH_NORM, Slots
 from fastmeta._selection import Adapt, check_model, selected
 from fastmeta.errors import check_choice, check_integer, describe, fail, is_number
@@ -195,7 +195,10 @@ class MAML(nn.Module):
         self.lr_per_step = lr_per_step
         if isinstance(loss, nn.Module):
             self.criterion = loss
+        self._adapt_as = adapt
         self._adapt = selected(model, adapt)
+        self._adapt_of = [name for name, _ in model.named_parameters()]
+        self._loss_state: Any = None
         self._runner = TaskRunner(
             named_loss(loss),
             batch_norm=batch_norm,
@@ -203,6 +206,7 @@ class MAML(nn.Module):
             task_chunk=task_chunk,
             randomness=randomness,
         )
+        self._look_at_criterion()
         self.rates = self._make_rates()
         self._names: list[str] = []
 
@@ -246,6 +250,7 @@ class MAML(nn.Module):
                 wanted = "None with query_y, whose label -100 says the same"
                 fail(ValueError, "MAML", "query_mask", wanted, describe(query_mask))
             return self.loss(support_x, support_y, query_x, query_y)
+        self._look_at_criterion()
         with _outside_inference():
             support_x, support_y, query_x = _usable(support_x, support_y, query_x)
             supports = check_supports("MAML", support_x, support_y, self._runner.loss)
@@ -324,6 +329,7 @@ class MAML(nn.Module):
             return self._meta_loss((support_x, support_y, query_x, query_y), backward=True)
 
     def _meta_loss(self, given: tuple[Tensor, ...], backward: bool) -> Tensor:
+        self._look_at_criterion()
         runner, rates, options = (
             self._runner,
             self._rates(self._names),
@@ -368,6 +374,7 @@ class MAML(nn.Module):
             (torch.Size([4, 3, 1]), torch.Size([3, 1]))
         """
         steps = self.steps if steps is None else check_integer("MAML.adapt", "steps", steps, 0)
+        self._look_at_criterion()
         with _outside_inference():
             support_x, support_y = _usable(support_x, support_y)
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
@@ -393,8 +400,24 @@ class MAML(nn.Module):
         """The options, in the module's printed form."""
         return f"lr={self.lr}, steps={self.steps}, first_order={self.first_order}"
 
+    def _look_at_criterion(self) -> None:
+        """Start anew if the loss module is no longer what it was."""
+        criterion = self._modules.get("criterion")
+        if criterion is None:
+            return
+        loss = named_loss(criterion)
+        weight = loss.weight if isinstance(loss, NamedLoss) else None
+        state = loss, None if weight is None else (weight.shape, weight.dtype, weight.requires_grad)
+        if state != self._loss_state:
+            if self._loss_state is not None:
+                self._runner = self._runner.with_loss(loss)
+            self._loss_state = state
+
     def _weights(self) -> Weights:
         slots = self._runner.engine.structure(self.model).slots
+        if list(slots) != self._adapt_of:
+            self._adapt = selected(self.model, self._adapt_as)
+            self._adapt_of = list(slots)
         names = [n for n in slots if n in self._adapt and _trainable(slots, n)]
         if not names:
             wanted = "with a parameter that adapts and has requires_grad=True"
@@ -421,7 +444,12 @@ class MAML(nn.Module):
         if not self.learn_lr:
             return Rates(self.lr)
         shared = self.learn_lr == "scalar"
-        tensors = [self.rates[k] for k in (["all"] if shared else map(_key, names))]
+        keys = ["all"] if shared else [_key(name) for name in names]
+        for key in keys:
+            if key not in self.rates:
+                wanted = f"of parameters that were there when learn_lr={self.learn_lr!r} made rates"
+                fail(ValueError, "MAML", "model", wanted, key.replace("/", "."))
+        tensors = [self.rates[key] for key in keys]
         return Rates(self.lr, tensors, shared, self.lr_per_step)
 
 

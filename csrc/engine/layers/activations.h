@@ -40,7 +40,7 @@ struct Elu {
   [[gnu::always_inline]] Jet<T> operator()(Vec<T> x) const {
     const Vec<T> below = alpha * vexpm1<T>(vmin<T>(Vec<T>{}, x));
     return {x > T(0) ? x : below, x > T(0) ? splat<T>(1) : below + alpha,
-            x > T(0) ? Vec<T>{} : below + alpha};
+            x < T(0) ? below + alpha : Vec<T>{}};  // at 0 as torch has it
   }
 };
 
@@ -80,7 +80,7 @@ struct Softplus {
   [[gnu::always_inline]] Jet<T> operator()(Vec<T> x) const {
     const Vec<T> z = beta * x, s = vsigmoid<T>(z);
     return {z > threshold ? x : vsoftplus<T>(z) / beta, z > threshold ? splat<T>(1) : s,
-            z > threshold ? Vec<T>{} : beta * s * (T(1) - s)};
+            z < threshold ? beta * s * (T(1) - s) : Vec<T>{}};
   }
 };
 
