@@ -260,8 +260,7 @@ def mask_labels(
             if low < 0 or high > supports:
                 fail(ValueError, function, "lengths", f"in [0, S={supports}]", f"[{low}, {high}]")
         mask = torch.arange(supports, device=device) < lengths.unsqueeze(-1)
-        if lengths.shape != labels.shape[:-1]:
-            mask = _fits(function, "lengths", mask, lengths.shape, labels)
+        _check_broadcast(function, "lengths", lengths.shape, labels.shape[:-1])
     assert mask is not None
     if not isinstance(mask, Tensor):
         fail(TypeError, function, "mask", "a bool tensor", describe(mask))
@@ -271,16 +270,15 @@ def mask_labels(
         fail(TypeError, function, "mask", f"bool on {device}", f"{mask.dtype} on {mask.device}")
     if mask.dim() < 1 or mask.shape[-1] != supports:
         fail(ValueError, function, "mask", f"of shape [..., S={supports}]", f"{list(mask.shape)}")
-    if mask.shape != labels.shape:
-        mask = _fits(function, "mask", mask, mask.shape, labels)
+    _check_broadcast(function, "mask", mask.shape, labels.shape)
     return torch.where(mask, labels, IGNORE_INDEX)
 
 
-def _fits(function: str, argument: str, mask: Tensor, shape: torch.Size, labels: Tensor) -> Tensor:
-    """The mask as labels have their shape, or theirs as it has."""
+def _check_broadcast(function: str, argument: str, shape: torch.Size, to: torch.Size) -> None:
+    if shape == to:
+        return
     try:
-        torch.broadcast_shapes(mask.shape, labels.shape)
+        torch.broadcast_shapes(shape, to)
     except RuntimeError:
-        wanted = f"of a shape that broadcasts with labels {list(labels.shape)}"
+        wanted = f"of a shape that broadcasts with {list(to)} of labels"
         fail(ValueError, function, argument, wanted, f"shape {list(shape)}")
-    return mask

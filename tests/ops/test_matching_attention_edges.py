@@ -288,13 +288,13 @@ Q, S, Y = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=to
         (TypeError, "labels must be a dense", (Q, S, Y.to_sparse(), 2), {}),
         (
             ValueError,
-            r"mask must be of a shape that broadcasts with labels \[2, 5\], got shape \[3, 5\]",
+            r"mask must be of a shape that broadcasts with \[2, 5\] of labels, got shape \[3, 5\]",
             (Q, S, Y, 2),
             {"mask": torch.ones(3, 5, dtype=torch.bool)},
         ),
         (
             ValueError,
-            r"lengths must be of a shape that broadcasts with labels \[2, 5\], got shape \[3\]",
+            r"lengths must be of a shape that broadcasts with \[2\] of labels, got shape \[3\]",
             (Q, S, Y, 2),
             {"lengths": torch.tensor([1, 2, 3])},
         ),
