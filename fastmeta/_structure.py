@@ -25,6 +25,9 @@ OPAQUE = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunct
 #: Containers of more items are data.
 MOST_ITEMS = 1000
 
+#: Objects within objects further away than this are no options of the module's.
+DEEPEST = 8
+
 
 class Structure:
     """Where a module holds its tensors, looked up once and valid as long as `same` says so.
@@ -65,35 +68,35 @@ class Structure:
         self._state = self._look()
         self._seen.clear()
 
-    def _watch(self, attributes: dict[str, Any]) -> None:
+    def _watch(self, attributes: dict[str, Any], depth: int = 0) -> None:
         self._watched.append((attributes, _copied(attributes)))
         for value in attributes.values():
             if type(value) in COPIED:
-                self._enter(value)
+                self._enter(value, depth)
             else:
-                self._meet(value)
+                self._meet(value, depth)
 
-    def _meet(self, value: Any) -> None:
+    def _meet(self, value: Any, depth: int) -> None:
         """Watch what a container or a plain object has in it, once."""
-        if isinstance(value, (IMMUTABLE, OPAQUE)) or id(value) in self._seen:
+        if isinstance(value, (IMMUTABLE, OPAQUE)) or id(value) in self._seen or depth > DEEPEST:
             return
         self._seen[id(value)] = value
         if isinstance(value, CONTAINERS):
             if not isinstance(value, tuple):
                 self._watched.append((value, copy.copy(value)))
-            self._enter(value)
+            self._enter(value, depth)
         elif isinstance(value, functools.partial):
-            self._enter((value.func, value.args, value.keywords))
+            self._enter((value.func, value.args, value.keywords), depth)
         elif isinstance(value, types.MethodType):
-            self._meet(value.__self__)
+            self._meet(value.__self__, depth + 1)
         elif hasattr(value, "__dict__"):
-            self._watch(vars(value))
+            self._watch(vars(value), depth + 1)
 
-    def _enter(self, container: Any) -> None:
+    def _enter(self, container: Any, depth: int) -> None:
         """Meet the items of a container, but for a large one's: no options but data."""
         if len(container) <= MOST_ITEMS:
             for item in container.values() if isinstance(container, dict) else container:
-                self._meet(item)
+                self._meet(item, depth + 1)
 
     def same(self) -> bool:
         """Whether nothing has changed but the numbers."""
@@ -106,7 +109,7 @@ class Structure:
             return (self._hooked is not None or not any(self._hooks)) and (
                 self._look() == self._state
             )
-        except (RuntimeError, KeyError, AttributeError, ValueError):
+        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
             # Another tensor in a place compares number by number, and has no truth value.
             return False
 

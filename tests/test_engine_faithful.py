@@ -294,3 +294,32 @@ def test_pruned_parameters_and_targets_of_another_dtype():
     found = fm.MAML(model, 0.1, 2, loss="mse").loss(sx, sy, qx, qy)
     wanted = fm.MAML(model, 0.1, 2, loss="mse", strategy="loop").loss(sx, sy, qx, qy)
     torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_that_are_kept_are_not_those_that_went_out():
+    model, data = make("mlp")
+    parameters = list(model.parameters())
+    loss = fm.MAML(model, 0.1, 2).loss(*data)
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    wanted = [g.clone() for g in first]
+    for g in first:
+        g.mul_(2)
+    again = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(list(again), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Tanh(), nn.ReLU(), nn.GroupNorm(2, 6), nn.BatchNorm2d(6)], ids=str
+)
+def test_padding_of_grouped_convolutions_is_not_what_was_there_before(layer):
+    """Memory that another model has left infinite, in a layout of more lanes than channels."""
+    torch.set_num_threads(1)  # the same thread's memory
+    x, y = torch.randn(2, 5, 4, 4, 4), torch.arange(5).repeat(2, 1) % 3
+    wild = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    grouped = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    model = nn.Sequential(grouped, copy.deepcopy(layer), nn.Flatten(), nn.Linear(96, 3))
+    options = {"learn_lr": "parameter", "strategy": "engine"}
+    fm.MAML(wild, 0.1, 2, **options).backward(x * torch.inf, y, x * torch.inf, y)
+    maml = fm.MAML(model, 0.1, 2, **options)
+    maml.backward(x, y, x, y)
+    assert all(p.grad.isfinite().all() for p in maml.parameters())

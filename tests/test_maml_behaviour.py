@@ -6,7 +6,6 @@ import gc
 import warnings
 import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -429,77 +428,6 @@ def test_state_holds_model_and_rates():
     twin = copy.deepcopy(maml)
     torch.testing.assert_close(twin(*data[:3]), maml(*data[:3]), rtol=0, atol=0)
     assert twin.model is not maml.model
-
-
-class Tempered(nn.Module):
-    """A loss with a parameter and a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(0.1, dtype=torch.float64))
-
-    def forward(self, prediction, target):
-        return F.cross_entropy(prediction / self.temperature + self.shift, target)
-
-
-def test_a_loss_that_is_a_module_is_part_of_it():
-    model, data = make("mlp")
-    maml = MAML(model, 0.1, 2, loss=Tempered())
-    assert {"criterion.temperature", "criterion.shift"} <= set(maml.state_dict())
-    maml.loss(*data).backward()
-    assert dict(maml.named_parameters())["criterion.temperature"].grad.abs() > 0
-    twin = copy.deepcopy(maml)
-    with torch.no_grad():
-        maml.criterion.temperature.fill_(5.0)
-    assert not torch.equal(twin.loss(*data), maml.loss(*data))
-
-
-@pytest.mark.parametrize("strategy", ["engine", "loop"])
-def test_a_copy_has_its_own_class_weights(strategy):
-    model, data = make("mlp")
-    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    maml = MAML(model, 0.1, 2, loss=nn.CrossEntropyLoss(weight), strategy=strategy)
-    wanted = maml.loss(*data)
-    twin = copy.deepcopy(maml)
-    maml.criterion.weight[0] = 9.0
-    assert not torch.equal(maml.loss(*data), wanted)
-    torch.testing.assert_close(twin.loss(*data), wanted, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        (F.cross_entropy, "cross_entropy"),
-        (F.mse_loss, "mse"),
-        (F.huber_loss, "huber"),
-        (F.binary_cross_entropy_with_logits, "bce"),
-    ],
-)
-def test_torchs_functions_are_losses_that_are_known(function, name):
-    model, (sx, sy, qx, qy) = make("mlp")
-    if name != "cross_entropy":
-        sy, qy = (F.one_hot(y, 3).double() for y in (sy, qy))
-    maml = MAML(model, 0.1, 2, loss=function)
-    assert torch.equal(
-        maml.loss(sx, sy, qx, qy), MAML(model, 0.1, 2, loss=name).loss(sx, sy, qx, qy)
-    )
-    own = MAML(model, 0.1, 2, loss=lambda p, y: function(p, y)).loss(sx, sy, qx, qy)
-    torch.testing.assert_close(maml.loss(sx, sy, qx, qy), own, rtol=1e-12, atol=0)
-
-
-def test_queries_that_are_all_padding_count_as_0_for_a_loss_of_ones_own():
-    model, data = make("mlp")
-    data[3][0] = -100
-    wanted = MAML(model, 0.1, 2).loss(*data)
-    found = MAML(model, 0.1, 2, loss=lambda p, y: F.cross_entropy(p, y)).loss(*data)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
-
-
-def test_numpys_numbers_are_numbers():
-    model, data = make("mlp")
-    maml = MAML(model, np.float32(0.125), np.int64(2), task_chunk=np.int32(2))
-    torch.testing.assert_close(maml(*data[:3]), MAML(model, 0.125, 2)(*data[:3]))
 
 
 def test_maml_of_maml_runs():
