@@ -195,7 +195,10 @@ class MAML(nn.Module):
         self.lr_per_step = lr_per_step
         if isinstance(loss, nn.Module):
             self.criterion = loss
-        self._adapt_as = adapt
+        # For when the model has other parameters; in a tuple, where a module is no submodule. A
+        # predicate is asked once: it need not be one that can be pickled.
+        predicate = callable(adapt) and not isinstance(adapt, nn.Module)
+        self._adapt_as = () if predicate else (adapt,)
         self._adapt = selected(model, adapt)
         self._adapt_of = [name for name, _ in model.named_parameters()]
         self._loss_state: Any = None
@@ -415,8 +418,8 @@ class MAML(nn.Module):
 
     def _weights(self) -> Weights:
         slots = self._runner.engine.structure(self.model).slots
-        if list(slots) != self._adapt_of:
-            self._adapt = selected(self.model, self._adapt_as)
+        if self._adapt_as and list(slots) != self._adapt_of:
+            self._adapt = selected(self.model, *self._adapt_as)
             self._adapt_of = list(slots)
         names = [n for n in slots if n in self._adapt and _trainable(slots, n)]
         if not names:

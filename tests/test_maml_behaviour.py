@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -428,6 +429,17 @@ def test_state_holds_model_and_rates():
     twin = copy.deepcopy(maml)
     torch.testing.assert_close(twin(*data[:3]), maml(*data[:3]), rtol=0, atol=0)
     assert twin.model is not maml.model
+
+
+@pytest.mark.parametrize("how", ["submodule", "predicate"])
+def test_what_chooses_the_parameters_is_no_part_of_it(how):
+    model, data = make("body_head")
+    chosen = model.head if how == "submodule" else lambda name, _: name.startswith("head")
+    maml = MAML(model, 0.1, 2, adapt=chosen)
+    assert all(name.startswith("model.") for name in maml.state_dict())
+    twin = pickle.loads(pickle.dumps(maml))
+    torch.testing.assert_close(twin(*data[:3]), maml(*data[:3]), rtol=0, atol=0)
+    assert twin.plan().adapted == ("head.weight", "head.bias")
 
 
 def test_maml_of_maml_runs():
