@@ -164,7 +164,9 @@ def define_op(
         return _structured_output(raw, function.apply(spec, *flat), spec)  # type: ignore[attr-defined]
 
     lists = any(str(a.type) == "List[Tensor]" for a in raw._schema.arguments)
-    eager_call = _eager_route(name, raw, setup_context, backward, function_backward, eager_options)
+    eager_call = _eager_route(
+        name, raw, setup_context, backward, function_backward, lists, eager_options
+    )
 
     def call(*args: Any) -> Any:
         if _functorch_active() or _forward_ad_active():
@@ -199,11 +201,12 @@ def _eager_route(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     flat_backward: Callable[..., Any],
+    lists: bool,
     options: tuple[Any, ...],
 ) -> Callable[..., Any]:
     """The op through an autograd Function of the old style, which torch calls fastest.
 
-    Its backward is the formula as it stands, or ``flat_backward`` for an op with list arguments.
+    Its backward is the formula as it stands, or ``flat_backward`` for one that takes ``lists``.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -217,7 +220,6 @@ def _eager_route(
         ctx.spec = spec
         return _flat_output(forward(ctx, *args))
 
-    lists = any(str(a.type) == "List[Tensor]" for a in raw._schema.arguments)
     function = type(
         "".join(part.capitalize() for part in name.split("_")) + "Eager",
         (torch.autograd.Function,),
