@@ -391,6 +391,7 @@ def configure(options: argparse.Namespace) -> None:
         if not torch.cuda.is_available():
             sys.exit("--device cuda, but torch sees no GPU")
         torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def _write(path: Path, name: str, facts: dict[str, Any], cases: list[dict[str, Any]]) -> None:

@@ -81,12 +81,14 @@ DESIGN = (
     Design(r"matching.*:forward_kernel<.*TensorDot", "matching_attention", 256, 30208, 2, True),
     Design(r"matching.*:forward_kernel<", "matching_attention", 256, 28736, 2),
     # With one tile of slopes. A second one, for wide features and 65 to 128 rows, takes 17 KB more.
-    Design(r"matching.*:backward_kernel<double", "matching_attention_backward", 256, 57488, 1),
+    Design(r"matching.*:backward_kernel<double", "matching_attention_backward", 256, 58032, 1),
     Design(
-        r"matching.*:backward_kernel<.*Tensor", "matching_attention_backward", 256, 33040, 2, True
+        r"matching.*:backward_kernel<.*Tensor", "matching_attention_backward", 256, 33328, 2, True
     ),
-    Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30544, 2),
+    Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30832, 2),
     Design(r"matching.*merge_splits_kernel<", "matching_attention: splits", 256, 0, 4),
+    Design(r"matching.*merge_gradients_kernel<", "matching_attention_backward: splits", 256, 0, 4),
+    Design(r"matching.*class_order_kernel", "matching_attention: class order", 128, 8192, 8),
     Design(r"matching.*inverse_length_kernel<", "matching_attention: row lengths", 256, 0, 4),
     Design(r"matching.*grad_sum_kernel<", "matching_attention: sums of grad", 256, 0, 4),
     Design(r"matching.*sum_partials_kernel<", "matching_attention: totals", 256, 0, 4),

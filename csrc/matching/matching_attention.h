@@ -143,11 +143,14 @@ FASTMETA_MATCHING_CPU(avx512)
 // cudaStream_t of the current device; workspace is device memory of *_workspace() bytes, 16-byte
 // aligned, free to go once the stream has passed the call. order [T, S] lists each task's supports
 // sorted by class (stable), padding last; class_start [T, C + 1] where each class begins in it.
+// sort_by_class fills both for the problems that sorts_by_class takes, of few supports a task.
 namespace cuda {
 struct Sorted {
   const int64_t* order;
   const int64_t* class_start;
 };
+bool sorts_by_class(const Problem& problem);
+void sort_by_class(const Problem& problem, int64_t* order, int64_t* class_start, void* stream);
 int64_t forward_workspace(const Problem& problem);
 void forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream);
 int64_t backward_workspace(const Problem& problem);

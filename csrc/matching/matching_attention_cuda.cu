@@ -1,72 +1,117 @@
 // Launches of matching_attention and matching_nll on the caller's stream.
+#include "matching/class_order_kernel.cuh"
 #include "matching/matching_attention_kernel.cuh"
 #include "matching/matching_launch.cuh"
 
 namespace fastmeta::matching::cuda {
 namespace {
 
-// Scratch in the accumulation type, in this order; each part may be empty.
-struct Workspace {
-  int64_t query_factor, support_factor, grad_sum, scale_partial, weight_partial;  // elements
-
-  int64_t bytes(DType dtype) const {
-    const int64_t elements =
-        query_factor + support_factor + grad_sum + scale_partial + weight_partial;
-    return elements * (dtype == DType::kFloat64 ? 8 : 4);
-  }
-};
-
-Workspace workspace_of(const Problem& p, bool backward) {
-  const bool scales = p.similarity == Similarity::kCosine;
-  const bool weighs = p.similarity == Similarity::kAdditive;
-  const int64_t queries = p.num_tasks * p.num_queries;
-  const int64_t blocks = p.num_tasks * row_blocks(p.num_queries);
-  Workspace sizes{scales ? queries : 0, scales ? p.num_tasks * p.num_supports : 0, 0, 0, 0};
-  if (backward) {
-    sizes.grad_sum = p.targets == nullptr ? queries : 0;
-    sizes.scale_partial = blocks;
-    sizes.weight_partial = weighs ? blocks * p.dim : 0;
-  }
-  return sizes;
-}
-
-// Parts of the supports that blocks of the forward share: as many as make blocks enough, each of
-// kLeastTiles and more; one where the queries make enough.
-struct Splits {
-  int64_t count, size;
-};
+// Of fewer tiles, the merge costs what the split saves.
+constexpr int64_t kLeastTiles = 4;
 
 Splits forward_splits(const Problem& p) {
-  constexpr int64_t kLeastTiles = 4;  // of fewer, the merge costs what the split saves
-  const int64_t blocks = std::max<int64_t>(1, p.num_tasks * row_blocks(p.num_queries));
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(p.num_supports, kTile));
-  const int64_t wanted = std::min(enough_blocks() / blocks, tiles / kLeastTiles);
-  const int64_t split_tiles = ceil_div(tiles, std::max<int64_t>(1, wanted));
-  return {ceil_div(tiles, split_tiles), split_tiles * kTile};
+  return splits_of(p.num_tasks * row_blocks(p.num_queries), p.num_supports, kLeastTiles);
 }
 
+// Scratch, in this order and the accumulation type; made without memory it is only counted.
 template <class acc>
-int64_t split_bytes(const Problem& p) {
-  const int64_t splits = forward_splits(p).count;
-  const auto bytes = static_cast<int64_t>(sizeof(SplitSums<acc>));
-  return splits > 1 ? p.num_tasks * p.num_queries * splits * bytes : 0;
-}
+struct ForwardScratch {
+  acc *query_factor, *support_factor;  // cosine
+  SplitSums<acc>* partial;             // nullptr where supports are not split
+  int64_t bytes;
+
+  ForwardScratch(const Problem& p, void* memory) {
+    char* const start = static_cast<char*>(memory);
+    int64_t used = 0;
+    const auto take = [&](int64_t size) {
+      char* const part = start == nullptr ? nullptr : start + used;
+      used += size;
+      return part;
+    };
+    const bool scales = p.similarity == Similarity::kCosine;
+    const int64_t size = sizeof(acc), queries = p.num_tasks * p.num_queries;
+    query_factor = reinterpret_cast<acc*>(take(scales ? queries * size : 0));
+    support_factor = reinterpret_cast<acc*>(take(scales ? p.num_tasks * p.num_supports * size : 0));
+    const int64_t splits = forward_splits(p).count;
+    const auto sums = static_cast<int64_t>(sizeof(SplitSums<acc>));
+    char* const shared = take(splits > 1 ? queries * splits * sums : 0);
+    partial = splits > 1 ? reinterpret_cast<SplitSums<acc>*>(shared) : nullptr;
+    bytes = used;
+  }
+};
+
+// How the blocks of a side share the work: the rows they own, the features, and the rows of the
+// other side, which they stream.
+template <class Product, class acc>
+struct SidePlan {
+  int64_t row_blocks;
+  int slices, block_slices, parts, tiles;
+  Splits splits;
+
+  SidePlan(const Problem& p, bool owns_queries) {
+    const int64_t rows = owns_queries ? p.num_queries : p.num_supports;
+    const int64_t others = owns_queries ? p.num_supports : p.num_queries;
+    const int64_t others_tiles = ceil_div(others, kTile);
+    row_blocks = cuda::row_blocks(rows);
+    // One where D = 0, for the sums over rows.
+    slices = static_cast<int>(std::max<int64_t>(1, ceil_div(p.dim, kSlice<Product, acc>)));
+    const bool keeps = slices > 1 && others_tiles <= kMaxTiles<acc>;
+    tiles = keeps ? static_cast<int>(std::max<int64_t>(1, others_tiles)) : 1;
+    block_slices = keeps ? backward_slices(p.num_tasks * row_blocks, slices) : 1;
+    parts = (slices + block_slices - 1) / block_slices;
+    splits = splits_of(p.num_tasks * row_blocks * parts, others, 2 * kLeastTiles);
+  }
+  // Elements of what a block leaves where others have the rest of the rows it streams.
+  int64_t partial_rows(const Problem& p, bool owns_queries) const {
+    if (splits.count == 1) return 0;
+    return splits.count * p.num_tasks * (owns_queries ? p.num_queries : p.num_supports);
+  }
+};
+
+// The same for the backward.
+template <class acc>
+struct BackwardScratch {
+  acc* partial;  // first: aligned for packs. Gradients of rows by splits, for one side at a time,
+  acc* partial_sum;  // and sums of dL/dz * similarity
+  acc *query_factor, *support_factor, *grad_sum, *scale_partial, *weight_partial;
+  int64_t bytes;
+
+  template <class Product>
+  BackwardScratch(Product, const Problem& p, void* memory) {
+    int64_t used = 0;
+    const auto take = [&](bool needed, int64_t elements) {
+      acc* const part = memory == nullptr ? nullptr : static_cast<acc*>(memory) + used;
+      used += needed ? elements : 0;
+      return part;
+    };
+    const SidePlan<Product, acc> of_queries(p, true), of_supports(p, false);
+    const int64_t rows =
+        std::max(of_queries.partial_rows(p, true), of_supports.partial_rows(p, false));
+    const int64_t queries = p.num_tasks * p.num_queries, supports = p.num_tasks * p.num_supports;
+    const int64_t blocks = p.num_tasks * of_queries.row_blocks * of_queries.splits.count;
+    partial = take(true, rows * p.dim);
+    partial_sum = take(true, rows);
+    query_factor = take(p.similarity == Similarity::kCosine, queries);
+    support_factor = take(p.similarity == Similarity::kCosine, supports);
+    grad_sum = take(p.targets == nullptr, queries);
+    scale_partial = take(true, blocks);
+    weight_partial = take(p.similarity == Similarity::kAdditive, blocks * p.dim);
+    bytes = used * static_cast<int64_t>(sizeof(acc));
+  }
+};
 
 template <class scalar_t>
 void run_forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream) {
   using acc = acc_t<scalar_t>;
   const Problem& p = args.problem;
   ForwardParams<scalar_t> params{};
-  const Workspace sizes = workspace_of(p, false);
+  const ForwardScratch<acc> scratch(p, workspace);
   const Splits splits = forward_splits(p);
-  acc* scratch = static_cast<acc*>(workspace);
-  params.problem = prepare<scalar_t>(p, sorted, scratch, scratch + sizes.query_factor, stream);
+  params.problem =
+      prepare<scalar_t>(p, sorted, scratch.query_factor, scratch.support_factor, stream);
   params.splits = splits.count;
   params.split_size = splits.size;
-  if (splits.count > 1) {
-    acc* rest = scratch + sizes.query_factor + sizes.support_factor;
-    params.partial = reinterpret_cast<SplitSums<acc>*>(rest);
-  }
+  params.partial = scratch.partial;
   params.query_blocks = row_blocks(p.num_queries);
   params.out = static_cast<acc*>(args.out);
   params.lse = static_cast<acc*>(args.lse);
@@ -84,67 +129,76 @@ void run_forward(const Forward& args, const Sorted& sorted, void* workspace, voi
          params.splits, params.split_size, params.out, params.lse);
 }
 
-template <class scalar_t>
-void run_backward(const Backward& args, const Sorted& sorted, void* workspace, void* stream) {
+template <class scalar_t, class Product>
+void run_backward(Product product, const Backward& args, const Sorted& sorted, void* workspace,
+                  void* stream) {
   using acc = acc_t<scalar_t>;
   const Problem& p = args.problem;
-  const Workspace sizes = workspace_of(p, true);
-  acc* scratch = static_cast<acc*>(workspace);
-  acc* grad_sum = scratch + sizes.query_factor + sizes.support_factor;
-  acc* scale_partial = grad_sum + sizes.grad_sum;
-  acc* weight_partial = scale_partial + sizes.scale_partial;
-
+  const BackwardScratch<acc> scratch(product, p, workspace);
   BackwardParams<scalar_t> params{};
-  params.problem = prepare<scalar_t>(p, sorted, scratch, scratch + sizes.query_factor, stream);
+  params.problem =
+      prepare<scalar_t>(p, sorted, scratch.query_factor, scratch.support_factor, stream);
   params.grad = static_cast<const acc*>(args.grad);
   params.out = static_cast<const acc*>(args.out);
   params.lse = static_cast<const acc*>(args.lse);
-  params.grad_sum = grad_sum;
-  params.scale_partial = scale_partial;
-  params.weight_partial = weight_partial;
+  params.grad_sum = scratch.grad_sum;
+  params.scale_partial = scratch.scale_partial;
+  params.weight_partial = scratch.weight_partial;
   const auto* grad_query = static_cast<const scalar_t*>(args.grad_query);
   const auto* grad_support = static_cast<const scalar_t*>(args.grad_support);
   params.problem.vector =
       params.problem.vector && packable(grad_query, p.dim) && packable(grad_support, p.dim);
 
-  launch_grad_sum(p, sorted, params.grad, grad_sum, stream);
-  dispatch_tensor_product<scalar_t>(p, [&](auto product) {
-    using Product = decltype(product);
-    // One where D = 0, for the sums over rows.
-    params.slices = static_cast<int>(std::max<int64_t>(1, ceil_div(p.dim, kSlice<Product, acc>)));
-    const auto launch_side = [&](auto kernel, int64_t rows, int64_t others, void* grad_rows) {
-      const int64_t tiles = ceil_div(others, kTile);
-      const bool keeps = params.slices > 1 && tiles <= kMaxTiles<acc>;
-      params.row_blocks = row_blocks(rows);
-      params.tiles = keeps ? static_cast<int>(std::max<int64_t>(1, tiles)) : 1;
-      params.block_slices =
-          keeps ? backward_slices(p.num_tasks * params.row_blocks, params.slices) : 1;
-      params.parts = (params.slices + params.block_slices - 1) / params.block_slices;
-      params.grad_rows = static_cast<scalar_t*>(grad_rows);
-      launch("matching_attention_backward", kernel,
-             geometry(p.num_tasks * params.row_blocks * params.parts, kThreads,
-                      sizeof(BackwardShared<Product, acc>) +
-                          params.tiles * sizeof(SlopeTile<Product, acc>)),
-             stream, params);
-    };
-    launch_side(backward_kernel<scalar_t, Product, true>, p.num_queries, p.num_supports,
-                args.grad_query);
-    launch_side(backward_kernel<scalar_t, Product, false>, p.num_supports, p.num_queries,
-                args.grad_support);
-  });
+  launch_grad_sum(p, sorted, params.grad, scratch.grad_sum, stream);
+  const auto launch_side = [&](auto owns_queries, void* grad_rows) {
+    constexpr bool kOwnsQueries = decltype(owns_queries)::value;
+    const SidePlan<Product, acc> plan(p, kOwnsQueries);
+    params.row_blocks = plan.row_blocks;
+    params.slices = plan.slices;
+    params.block_slices = plan.block_slices;
+    params.parts = plan.parts;
+    params.tiles = plan.tiles;
+    params.splits = plan.splits.count;
+    params.split_size = plan.splits.size;
+    params.partial = plan.splits.count > 1 ? scratch.partial : nullptr;
+    params.partial_sum = scratch.partial_sum;
+    params.grad_rows = static_cast<scalar_t*>(grad_rows);
+    launch("matching_attention_backward", backward_kernel<scalar_t, Product, kOwnsQueries>,
+           geometry(
+               p.num_tasks * plan.row_blocks * plan.parts * plan.splits.count, kThreads,
+               sizeof(BackwardShared<Product, acc>) + plan.tiles * sizeof(SlopeTile<Product, acc>)),
+           stream, params);
+    if (params.partial == nullptr) return;
+    const int64_t rows = p.num_tasks * (kOwnsQueries ? p.num_queries : p.num_supports);
+    const int64_t packs = params.problem.vector ? p.dim / kPack : p.dim;
+    launch("matching_attention_backward: splits", merge_gradients_kernel<scalar_t, kOwnsQueries>,
+           geometry(ceil_div(rows * packs, kThreads), kThreads), stream, params);
+  };
+  launch_side(std::true_type{}, args.grad_query);
+  const int64_t blocks = params.row_blocks * params.splits;
+  launch_side(std::false_type{}, args.grad_support);
 
-  launch_totals(p, scale_partial, 1, args.grad_scale, stream);
+  launch_totals(p, scratch.scale_partial, blocks, 1, args.grad_scale, stream);
   if (p.similarity == Similarity::kAdditive) {
-    launch_totals(p, weight_partial, p.dim, args.grad_weight, stream);
+    launch_totals(p, scratch.weight_partial, blocks, p.dim, args.grad_weight, stream);
   }
 }
 
 }  // namespace
 
+bool sorts_by_class(const Problem& problem) { return problem.num_supports <= kOrderRows; }
+
+void sort_by_class(const Problem& problem, int64_t* order, int64_t* class_start, void* stream) {
+  launch("matching_attention: class order", class_order_kernel,
+         geometry(problem.num_tasks, kOrderThreads, sizeof(ClassOrderShared)), stream,
+         problem.labels, problem.num_tasks, problem.num_supports, problem.num_classes, order,
+         class_start);
+}
+
 int64_t forward_workspace(const Problem& problem) {
   const bool wide = problem.dtype == DType::kFloat64;
-  return workspace_of(problem, false).bytes(problem.dtype) +
-         (wide ? split_bytes<double>(problem) : split_bytes<float>(problem));
+  return wide ? ForwardScratch<double>(problem, nullptr).bytes
+              : ForwardScratch<float>(problem, nullptr).bytes;
 }
 
 void forward(const Forward& args, const Sorted& sorted, void* workspace, void* stream) {
@@ -154,12 +208,22 @@ void forward(const Forward& args, const Sorted& sorted, void* workspace, void* s
 }
 
 int64_t backward_workspace(const Problem& problem) {
-  return workspace_of(problem, true).bytes(problem.dtype);
+  int64_t bytes = 0;
+  dispatch(problem.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    dispatch_tensor_product<scalar_t>(problem, [&](auto product) {
+      bytes = BackwardScratch<acc_t<scalar_t>>(product, problem, nullptr).bytes;
+    });
+  });
+  return bytes;
 }
 
 void backward(const Backward& args, const Sorted& sorted, void* workspace, void* stream) {
   dispatch(args.problem.dtype, [&](auto type) {
-    run_backward<typename decltype(type)::type>(args, sorted, workspace, stream);
+    using scalar_t = typename decltype(type)::type;
+    dispatch_tensor_product<scalar_t>(args.problem, [&](auto product) {
+      run_backward<scalar_t>(product, args, sorted, workspace, stream);
+    });
   });
 }
 

@@ -86,21 +86,29 @@ struct Operands {
 };
 
 #if defined(FASTMETA_CUDA)
-// The kernels want each task's supports in class order: sorted by torch, on the stream, in Python's
-// fastmeta::class_order.
+// The kernels want each task's supports in class order: sorted by a kernel where a task has few,
+// else by torch, on the stream, in Python's fastmeta::class_order.
 struct ClassOrder {
   Tensor order, class_start;
 
-  explicit ClassOrder(const Operands& ops) : ClassOrder(sort(ops)) {}
+  ClassOrder(const Operands& ops, void* stream) : ClassOrder(sort(ops, stream)) {}
   cuda::Sorted view() const {
     return {order.const_data_ptr<int64_t>(), class_start.const_data_ptr<int64_t>()};
   }
 
  private:
   ClassOrder(Tensor o, Tensor start) : order(std::move(o)), class_start(std::move(start)) {}
-  static ClassOrder sort(const Operands& ops) {
+  static ClassOrder sort(const Operands& ops, void* stream) {
+    const Problem& p = ops.problem;
+    if (cuda::sorts_by_class(p)) {
+      ClassOrder made(bridge::empty(ops.query, {p.num_tasks, p.num_supports}, ScalarType::Long),
+                      bridge::empty(ops.query, {p.num_tasks, p.num_classes + 1}, ScalarType::Long));
+      cuda::sort_by_class(p, made.order.mutable_data_ptr<int64_t>(),
+                          made.class_start.mutable_data_ptr<int64_t>(), stream);
+      return made;
+    }
     std::array<StableIValue, 2> stack{torch::stable::detail::from(ops.labels),
-                                      torch::stable::detail::from(ops.problem.num_classes)};
+                                      torch::stable::detail::from(p.num_classes)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("fastmeta::class_order", "", stack.data(), TORCH_ABI_VERSION));
     return ClassOrder(torch::stable::detail::to<Tensor>(stack[0]),
@@ -117,20 +125,20 @@ bool allow_tf32(const Problem& problem) {
 void run(const Operands& ops, Forward args) {
   const bridge::CudaScope scope(ops.query);
   args.problem.allow_tf32 = allow_tf32(args.problem);
-  const ClassOrder sorted(ops);
+  const ClassOrder sorted(ops, scope.stream());
   const Tensor space = bridge::workspace(ops.query, cuda::forward_workspace(ops.problem));
   cuda::forward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 void run(const Operands& ops, Backward args) {
   const bridge::CudaScope scope(ops.query);
   args.problem.allow_tf32 = allow_tf32(args.problem);
-  const ClassOrder sorted(ops);
-  const Tensor space = bridge::workspace(ops.query, cuda::backward_workspace(ops.problem));
+  const ClassOrder sorted(ops, scope.stream());
+  const Tensor space = bridge::workspace(ops.query, cuda::backward_workspace(args.problem));
   cuda::backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 void run(const Operands& ops, const DoubleBackward& args) {
   const bridge::CudaScope scope(ops.query);
-  const ClassOrder sorted(ops);
+  const ClassOrder sorted(ops, scope.stream());
   const Tensor space = bridge::workspace(ops.query, cuda::double_backward_workspace(ops.problem));
   cuda::double_backward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }

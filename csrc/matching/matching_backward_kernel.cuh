@@ -7,6 +7,9 @@
 // then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice gradients that
 // live in registers.
 //
+// - splits: where rows of a side are too few for the device and the other side is long, blocks
+//   share the rows that they stream, and leave sums that merge_gradients_kernel puts together in
+//   their order: D + 1 numbers a row and split. Sizes and device alone say how many
 // - slices: registers hold kSlice features of the gradients. Where the other side fits in kMaxTiles
 //   tiles, which few-shot tasks do, a block computes its slopes once and then takes slice after
 //   slice, as many as leave blocks enough (backward_slices): Q * S * D * 2 multiply-adds where all
@@ -67,32 +70,57 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Whether a query has a gradient: not if it is ignored, or its class has no support, whatever the
+// query holds.
+template <class scalar_t>
+__device__ __forceinline__ bool query_counts(const BackwardParams<scalar_t>& params, int64_t row) {
+  const ProblemParams<scalar_t>& p = params.problem;
+  if (p.targets == nullptr) return true;
+  const int64_t target = p.targets[row];
+  return target >= 0 && target < p.num_classes && params.out[row] != infinity<acc_t<scalar_t>>();
+}
+
+// The sum of dL/dz over the supports is 0, so of similarities a constant may be taken off before
+// they are weighed by it: else what all supports of a far query have in common would leave its
+// rounding in the gradient of the scale. This one, log(mean exp z) / scale, lies between the
+// smallest and the largest of them; of a tiny scale nothing is left of it, nor is it needed.
+template <class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ acc centre_of(const ProblemParams<scalar_t>& p, int64_t task, acc lse) {
+  if (p.similarity == Similarity::kCosine) return 0;
+  const int64_t valid = p.class_start[task * (p.num_classes + 1) + p.num_classes];
+  const acc mean = lse - log_(static_cast<acc>(valid));
+  const acc centre = mean / p.scale[task * p.scale_stride];
+  return abs_(mean) > acc(0.001) && abs_(centre) < infinity<acc>() ? centre : acc(0);
+}
+
 template <class scalar_t, class acc = acc_t<scalar_t>>
 __device__ __forceinline__ void set_query(const BackwardParams<scalar_t>& params, int i,
                                           int64_t row, Side<acc>& side, QueryTerms<acc>& terms) {
   const ProblemParams<scalar_t>& p = params.problem;
+  if (row >= 0 && !query_counts(params, row)) row = -1;
   if (row >= 0) {
     if (p.targets != nullptr) {
-      const int64_t target = p.targets[row];
-      terms.target[i] = target;
+      terms.target[i] = p.targets[row];
       terms.pull[i] = params.grad[row];
       terms.nll[i] = params.out[row];
-      // Ignored, or its class has no support: no gradient, whatever the query holds.
-      if (target < 0 || target >= p.num_classes || terms.nll[i] == infinity<acc>()) row = -1;
     } else {
       terms.pull[i] = params.grad_sum[row];
     }
+    terms.lse[i] = params.lse[row];
   }
-  if (row >= 0) terms.lse[i] = params.lse[row];
   set_row(side, i, row, p.query_factor);
+}
+
+template <class scalar_t>
+__device__ __forceinline__ bool support_counts(const ProblemParams<scalar_t>& p, int64_t row) {
+  return p.labels[row] >= 0 && p.labels[row] < p.num_classes;
 }
 
 template <class scalar_t, class acc = acc_t<scalar_t>>
 __device__ __forceinline__ void set_support(const ProblemParams<scalar_t>& p, int i, int64_t row,
                                             Side<acc>& side, int64_t* cls) {
-  int64_t label = row >= 0 ? p.labels[row] : -1;
-  if (label < 0 || label >= p.num_classes) label = row = -1;
-  cls[i] = label;
+  if (row >= 0 && !support_counts(p, row)) row = -1;
+  cls[i] = row >= 0 ? p.labels[row] : -1;
   set_row(side, i, row, p.support_factor);
 }
 
@@ -164,7 +192,9 @@ __device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& para
       const acc similarity = similarity_of(p.similarity, column.v[r]);
       const acc dz =
           score_gradient(params, shared.terms, query, row, shared.cls[support], scale * similarity);
-      if (dz != acc(0)) row_sum[r] += dz * similarity;  // of no row it may be infinite
+      // Of no row the similarity may be infinite.
+      const acc centre = kOwnsQueries ? shared.centre[query] : acc(0);
+      if (dz != acc(0)) row_sum[r] += dz * (similarity - centre);
       column.v[r] = dz * slope_factor(p.similarity, column.v[r]);
       // Rows are exact in TF32, scaled ones would not be.
       if constexpr (Product::kTensor) column.v[r] *= other_side.factor[other];
@@ -185,46 +215,53 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
   const int thread = threadIdx.x, ty = thread / kAcross, tx = thread % kAcross;
   const int64_t num_own = kOwnsQueries ? p.num_queries : p.num_supports;
 
-  const int64_t work_items = p.num_tasks * params.row_blocks * params.parts;
+  const int64_t work_items = p.num_tasks * params.row_blocks * params.splits * params.parts;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t row_block = work / params.parts;
+    const int64_t share = work / params.parts;  // of a block of rows
+    const int64_t row_block = share / params.splits, split = share % params.splits;
     const int slice0 = static_cast<int>(work % params.parts) * params.block_slices;
 
     __syncthreads();  // the last work item is done with shared memory
     const int64_t task = row_block / params.row_blocks;
     const int64_t own0 = row_block % params.row_blocks * kTile;
+    // Tiles of the other side in this split, in 32 bits, which is rows in 37; and rows of the last.
+    const int64_t others =
+        kOwnsQueries ? p.class_start[task * (p.num_classes + 1) + p.num_classes] : p.num_queries;
+    const int64_t rest = others - split * params.split_size;
+    const int64_t num_other = rest < params.split_size ? rest : params.split_size;
+    int num_tiles = num_other > 0 ? static_cast<int>((num_other - 1) / kTile + 1) : 0;
     if (thread == 0) {
       shared->task = task;
       shared->own0 = own0;
+      shared->share = share;
+      shared->split = split;
+      shared->other0 = split * params.split_size;
+      shared->last_count = static_cast<int>(num_other - int64_t{num_tiles - 1} * kTile);
     }
     bool active = false;
     if (thread < kTile) {
       const int64_t row = own0 + thread < num_own ? task * num_own + own0 + thread : -1;
       if constexpr (kOwnsQueries) {
         set_query(params, thread, row, shared->own, shared->terms);
+        if (shared->own.row[thread] >= 0) {
+          shared->centre[thread] = centre_of(p, task, shared->terms.lse[thread]);
+        }
       } else {
         set_support(p, thread, row, shared->own, shared->cls);
       }
       active = shared->own.row[thread] >= 0;
     }
     const bool any_active = __syncthreads_or(active);
-    int64_t num_other =
-        kOwnsQueries ? p.class_start[task * (p.num_classes + 1) + p.num_classes] : p.num_queries;
-    if (!any_active) num_other = 0;  // padding, or ignored queries: only zeros to write
-
-    // Others in tile k of the other side; tiles are counted in 32 bits, which is rows in 37.
-    const auto count_of = [&](int k) {
-      const int64_t count = num_other - int64_t{k} * kTile;
-      return static_cast<int>(count < kTile ? count : int64_t{kTile});
-    };
+    if (!any_active) num_tiles = 0;  // padding, or ignored queries: only zeros to write
+    const auto count_of = [&](int k) { return k + 1 < num_tiles ? kTile : shared->last_count; };
     Gradient<Product, acc> gradient;
     acc row_sum[4] = {};
-    for (int tile0 = 0; tile0 == 0 || count_of(tile0) > 0; tile0 += params.tiles) {
-      for (int k = 0; k < params.tiles && count_of(tile0 + k) > 0; ++k) {
+    for (int tile0 = 0; tile0 == 0 || tile0 < num_tiles; tile0 += params.tiles) {
+      for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
         if (k > 0) __syncthreads();  // the last tile's terms have been read
         if (thread < kTile) {
-          const int64_t position = int64_t{tile0 + k} * kTile + thread;
-          const bool exists = position < num_other;
+          const int64_t position = shared->other0 + int64_t{tile0 + k} * kTile + thread;
+          const bool exists = thread < count_of(tile0 + k);
           if constexpr (kOwnsQueries) {
             const int64_t first = shared->task * p.num_supports;
             set_support(p, thread, exists ? first + p.order[first + position] : -1,
@@ -237,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
         __syncthreads();
         fill_slopes<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], row_sum);
       }
-      const bool is_last = count_of(tile0 + params.tiles) <= 0;
+      const bool is_last = tile0 + params.tiles >= num_tiles;
       if (is_last) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -248,14 +285,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
         if (kOwnsQueries && slice0 == 0 && thread == 0) {
           acc total = 0;
           for (int r = 0; r < kTile; ++r) total += shared->row_sum[r];
-          params.scale_partial[row_block] = total;
+          params.scale_partial[shared->share] = total;
         }
       }
       for (int slice = slice0; slice < slice0 + params.block_slices && slice < params.slices;
            ++slice) {
         const int64_t feature0 = int64_t{slice} * kFeatures;
         if (tile0 == 0) gradient.clear();
-        for (int k = 0; k < params.tiles && count_of(tile0 + k) > 0; ++k) {
+        for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
           add_tile<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], count_of(tile0 + k),
                                  feature0, gradient);
         }
@@ -301,12 +338,58 @@ __global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
             acc total = 0;
 #pragma unroll
             for (int r = 0; r < kAcross; ++r) total += shared->rows[r][thread];
-            params.weight_partial[row_block * p.dim + feature0 + thread] =
+            params.weight_partial[shared->share * p.dim + feature0 + thread] =
                 p.scale[shared->task * p.scale_stride] * total;
           }
         }
       }
     }
+  }
+}
+
+template <int width, bool kOwnsQueries, class scalar_t>
+__device__ __forceinline__ void merge_gradients(const BackwardParams<scalar_t>& params) {
+  using acc = acc_t<scalar_t>;
+  const ProblemParams<scalar_t>& p = params.problem;
+  const int64_t num_own = kOwnsQueries ? p.num_queries : p.num_supports;
+  const int64_t rows = p.num_tasks * num_own, packs = p.dim / width;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; i < rows * packs; i += stride) {
+    const int64_t row = divide(i, packs), feature = (i - row * packs) * width;
+    acc gradient[width] = {}, row_sum = 0;
+#pragma unroll 4
+    for (int64_t split = 0; split < params.splits; ++split) {
+      acc share[width];
+      load<width>(params.partial + (split * rows + row) * p.dim + feature, share);
+#pragma unroll
+      for (int c = 0; c < width; ++c) gradient[c] += share[c];
+      row_sum += params.partial_sum[split * rows + row];
+    }
+    const bool counts = kOwnsQueries ? query_counts(params, row) : support_counts(p, row);
+    const int64_t task = divide(row, num_own), from = counts ? row : -1;
+    const acc* factors = kOwnsQueries ? p.query_factor : p.support_factor;
+    const acc factor = factors != nullptr ? factors[row] : acc(1);
+    if (p.similarity == Similarity::kAdditive) {
+      finish_gradient<width, kOwnsQueries, true>(params, task, from, factor, row_sum, row, feature,
+                                                 gradient);
+    } else {
+      finish_gradient<width, kOwnsQueries, false>(params, task, from, factor, row_sum, row, feature,
+                                                  gradient);
+    }
+  }
+}
+
+// Puts the splits' shares of a side's gradients together, in their order: a thread has a pack of
+// features, or a single one where rows are not packable. Bound by memory: splits * rows * D
+// numbers, just written, from L2.
+template <class scalar_t, bool kOwnsQueries>
+__global__ void __launch_bounds__(kThreads, 4)
+    merge_gradients_kernel(const __grid_constant__ BackwardParams<scalar_t> params) {
+  if (params.problem.vector) {
+    merge_gradients<kPack, kOwnsQueries>(params);
+  } else {
+    merge_gradients<1, kOwnsQueries>(params);
   }
 }
 

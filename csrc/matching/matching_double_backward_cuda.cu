@@ -123,9 +123,10 @@ void run(const DoubleBackward& args, const Sorted& sorted, void* workspace, void
     launch_side(true, p.num_queries, args.grad_query);
     launch_side(false, p.num_supports, args.grad_support);
   });
-  launch_totals(p, scratch.scale_partial, 1, args.grad_scale, stream);
+  launch_totals(p, scratch.scale_partial, row_blocks(p.num_queries), 1, args.grad_scale, stream);
   if (p.similarity == Similarity::kAdditive) {
-    launch_totals(p, scratch.weight_partial, p.dim, args.grad_weight, stream);
+    launch_totals(p, scratch.weight_partial, row_blocks(p.num_queries), p.dim, args.grad_weight,
+                  stream);
   }
 }
 

@@ -22,16 +22,19 @@ struct BackwardParams {
   using acc = acc_t<scalar_t>;
   ProblemParams<scalar_t> problem;
   int64_t row_blocks;
-  int slices, block_slices;  // in all; of a block, above one only where all slopes are kept
-  int parts;                 // blocks that share a row's slices
-  int tiles;                 // of slopes that a block keeps
+  int slices, block_slices;    // in all; of a block, above one only where all slopes are kept
+  int parts;                   // blocks that share a row's slices
+  int tiles;                   // of slopes that a block keeps
+  int64_t splits, split_size;  // of the rows that blocks stream
+  acc* partial;                // [splits, rows, D], nullptr where they are not split
+  acc* partial_sum;            // [splits, rows]: dL/dz * similarity
   const acc* __restrict__ grad;
   const acc* __restrict__ out;
   const acc* __restrict__ lse;
   const acc* __restrict__ grad_sum;  // attention: [T * Q], of grad over the classes with support
   scalar_t* grad_rows;               // of the owned rows
-  acc* scale_partial;                // [T, row_blocks]
-  acc* weight_partial;               // [T, row_blocks, D], additive
+  acc* scale_partial;                // [T, row_blocks, splits]
+  acc* weight_partial;               // [T, row_blocks, splits, D], additive
 };
 
 // What dL/dz needs of a query. Ignored queries have row -1 and are never read.
@@ -55,7 +58,9 @@ struct BackwardShared {
   QueryTerms<acc> terms;
   int64_t cls[kTile];  // of the supports, -1 for none
   acc row_sum[kTile];
-  int64_t task, own0;  // of the work item: registers are short
+  acc centre[kTile];  // of the own queries' similarities: see centre_of
+  int last_count;
+  int64_t task, own0, share, split, other0;  // of the work item: registers are short
 };
 
 // dL/dz * slope_factor of a tile, [other][own]. params.tiles of them lie behind BackwardShared.
@@ -191,19 +196,19 @@ __device__ __forceinline__ void add_tile(const BackwardParams<scalar_t>& params,
   }
 }
 
-// Writes `width` neighbouring features of the gradient of own row i.
-template <int width, bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
-__device__ __forceinline__ void write_gradient(const BackwardParams<scalar_t>& params,
-                                               const BackwardShared<Product, acc>& shared, int i,
-                                               acc row_sum, int64_t feature,
-                                               const acc (&gradient)[width]) {
+// Writes `width` neighbouring features of the gradient of a row, from its sums over the other
+// side: of slopes times rows, and of dL/dz * similarity. Row -1, padding, has none: `to` stays.
+template <int width, bool kOwnsQueries, bool kWeighs, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void finish_gradient(const BackwardParams<scalar_t>& params,
+                                                int64_t task, int64_t row, acc factor, acc row_sum,
+                                                int64_t to_row, int64_t feature,
+                                                const acc (&gradient)[width]) {
   struct alignas(width * sizeof(scalar_t) < 16 ? width * sizeof(scalar_t) : 16) Wide {
     scalar_t v[width];
   };
   const ProblemParams<scalar_t>& p = params.problem;
   const scalar_t* own_rows = kOwnsQueries ? p.query : p.support;
-  const int64_t row = shared.own.row[i], num_own = kOwnsQueries ? p.num_queries : p.num_supports;
-  const acc factor = shared.own.factor[i], scale = p.scale[shared.task * p.scale_stride];
+  const acc scale = p.scale[task * p.scale_stride];
   acc own[width];
   if (p.similarity == Similarity::kCosine) {  // the part along the row changes its length alone
     if constexpr (width == kPack) {
@@ -221,19 +226,47 @@ __device__ __forceinline__ void write_gradient(const BackwardParams<scalar_t>& p
   for (int c = 0; c < width; ++c) {
     acc result = gradient[c];
     if (p.similarity == Similarity::kCosine) result = factor * (result - own[c] * row_sum);
-    if constexpr (Product::kWeighs) {
-      const acc* weight = p.weight + shared.task * p.weight_stride;
+    if constexpr (kWeighs) {
+      const acc* weight = p.weight + task * p.weight_stride;
       result *= feature + c < p.dim ? weight[feature + c] : acc(0);
     }
     wide.v[c] = from_acc<scalar_t>(row >= 0 ? scale * result : acc(0));
   }
-  scalar_t* to = params.grad_rows + (shared.task * num_own + shared.own0 + i) * p.dim + feature;
+  scalar_t* to = params.grad_rows + to_row * p.dim + feature;
   if (p.vector) {
     if (feature < p.dim) *reinterpret_cast<Wide*>(to) = wide;
   } else {
 #pragma unroll
     for (int c = 0; c < width; ++c) {
       if (feature + c < p.dim) to[c] = wide.v[c];
+    }
+  }
+}
+
+// Writes `width` neighbouring features of the gradient of own row i, or this split's share of it.
+template <int width, bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void write_gradient(const BackwardParams<scalar_t>& params,
+                                               const BackwardShared<Product, acc>& shared, int i,
+                                               acc row_sum, int64_t feature,
+                                               const acc (&gradient)[width]) {
+  const ProblemParams<scalar_t>& p = params.problem;
+  const int64_t num_own = kOwnsQueries ? p.num_queries : p.num_supports;
+  const int64_t to_row = shared.task * num_own + shared.own0 + i;
+  if (params.partial == nullptr) {
+    finish_gradient<width, kOwnsQueries, Product::kWeighs>(params, shared.task, shared.own.row[i],
+                                                           shared.own.factor[i], row_sum, to_row,
+                                                           feature, gradient);
+    return;
+  }
+  const int64_t at = shared.split * p.num_tasks * num_own + to_row;
+  if (feature == 0) params.partial_sum[at] = row_sum;
+  acc* to = params.partial + at * p.dim + feature;
+  if (width == kPack && p.vector) {
+    if (feature < p.dim) store<width>(to, gradient);
+  } else {
+#pragma unroll
+    for (int c = 0; c < width; ++c) {
+      if (feature + c < p.dim) to[c] = gradient[c];
     }
   }
 }

@@ -63,12 +63,13 @@ void launch_grad_sum(const Problem& p, const Sorted& sorted, const acc* grad, ac
          sorted.class_start, p.num_tasks, p.num_queries, p.num_classes, sum);
 }
 
-// sum[t, 0..width) of the partial sums of the task's blocks of queries.
+// sum[t, 0..width) of the partial sums of the task's blocks.
 template <class acc>
-void launch_totals(const Problem& p, const acc* partial, int64_t width, void* sum, void* stream) {
+void launch_totals(const Problem& p, const acc* partial, int64_t blocks, int64_t width, void* sum,
+                   void* stream) {
   launch("matching_attention: totals", sum_partials_kernel<acc>,
          geometry(ceil_div(p.num_tasks * width, kThreads), kThreads), stream, partial, p.num_tasks,
-         row_blocks(p.num_queries), width, static_cast<acc*>(sum));
+         blocks, width, static_cast<acc*>(sum));
 }
 
 // Calls body(Product{}) for what the similarity sums up over the features, on FP32 (FP64) units.
@@ -101,6 +102,19 @@ void dispatch_tensor_product(const Problem& p, Body&& body) {
 
 // Blocks that fill the device: two a multiprocessor.
 inline int64_t enough_blocks() { return 2 * int64_t{multiprocessors()}; }
+
+// Parts of the rows that blocks stream, for blocks that would be too few: as many as make blocks
+// enough, each of `least` tiles and more. One where there are enough.
+struct Splits {
+  int64_t count, size;  // rows of a part
+};
+
+inline Splits splits_of(int64_t blocks, int64_t rows, int64_t least) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kTile));
+  const int64_t wanted = std::min(enough_blocks() / std::max<int64_t>(1, blocks), tiles / least);
+  const int64_t tiles_of_part = ceil_div(tiles, std::max<int64_t>(1, wanted));
+  return {ceil_div(tiles, tiles_of_part), tiles_of_part * kTile};
+}
 
 // Slices that a backward block takes: as many as leave blocks enough.
 inline int backward_slices(int64_t row_blocks, int64_t slices) {

@@ -42,10 +42,12 @@ inline constexpr int kBlocks = std::is_same_v<acc, double> ? 1 : 2;
 // ---- what a pair of rows sums up ----------------------------------------------------------------
 // add: one feature's share of the sum. slope: derivative of the share with respect to the own row's
 // feature, up to factors that do not depend on the feature and other side (weight, slope_factor).
+// kSumsChunks: a chunk's sum is formed by itself, for terms of one sign, whose sum grows and with
+// it the rounding of every addition.
 
 struct DotProduct {  // dot, and cosine on rows scaled to length one
   static constexpr bool kScalesRows = true, kSlopeReadsOwn = false, kWeighs = false;
-  static constexpr bool kTensor = false;
+  static constexpr bool kTensor = false, kSumsChunks = false;
   static constexpr int kUnroll = 8, kSlopeUnroll = 4;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc) {
@@ -60,8 +62,8 @@ struct DotProduct {  // dot, and cosine on rows scaled to length one
 struct SquaredDifference {  // sqeuclidean and euclidean; differences, so that close points stay
                             // exact
   static constexpr bool kScalesRows = false, kSlopeReadsOwn = true, kWeighs = false;
-  static constexpr bool kTensor = false;
-  static constexpr int kUnroll = 4, kSlopeUnroll = 2;
+  static constexpr bool kTensor = false, kSumsChunks = true;
+  static constexpr int kUnroll = 2, kSlopeUnroll = 2;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc) {
     const acc difference = own - other;
@@ -77,7 +79,7 @@ struct SquaredDifference {  // sqeuclidean and euclidean; differences, so that c
 // 1 - tanh^2, shares the tanh with the weight's gradient and stands where both are summed.
 struct WeightedTanh {
   static constexpr bool kScalesRows = false, kSlopeReadsOwn = true, kWeighs = true;
-  static constexpr bool kTensor = false;
+  static constexpr bool kTensor = false, kSumsChunks = false;
   static constexpr int kUnroll = 1, kSlopeUnroll = 1;
   template <class acc>
   static __device__ __forceinline__ void add(acc& sum, acc own, acc other, acc weight) {
@@ -214,7 +216,17 @@ __device__ __forceinline__ void tile_product(Stage<acc>& stage, const scalar_t* 
     }
     __syncthreads();
     if (k0 + kDepth < dim) fetch(k0 + kDepth);
-    multiply_chunk<Product>(stage, sum);
+    if constexpr (Product::kSumsChunks) {
+      acc chunk[4][4] = {};
+      multiply_chunk<Product>(stage, chunk);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[r][c] += chunk[r][c];
+      }
+    } else {
+      multiply_chunk<Product>(stage, sum);
+    }
   }
 }
 

@@ -106,7 +106,7 @@ class MatchingInputs:
         """The short way for what kernels take as it is: on small tasks the checks are the cost."""
         check_labels(self.function, "labels", labels, self.num_classes)
         acc = acc_dtype(query.dtype)
-        self.out_dtype = acc if torch.is_autocast_enabled("cpu") else query.dtype
+        self.out_dtype = acc if torch.is_autocast_enabled(query.device.type) else query.dtype
         scale = _scale_tensor(self.function, scale, acc, query.device)
         self.leading = query.shape[:1]
         if scale.dim() != 1 or scale.shape[0] != 1:
@@ -186,14 +186,15 @@ class MatchingInputs:
 
 
 def _are_folded(query: Tensor, support: Tensor, labels: Tensor) -> bool:
-    """Whether operands are CPU tensors [T, Q, D], [T, S, D], [T, S] of the dtypes kernels take."""
+    """Whether operands are [T, Q, D], [T, S, D], [T, S] as kernels take them, on one device."""
     if not (
         isinstance(query, Tensor)
         and isinstance(support, Tensor)
         and isinstance(labels, Tensor)
-        and query.is_cpu
-        and support.is_cpu
-        and labels.is_cpu
+        and (
+            (query.is_cpu and support.is_cpu and labels.is_cpu)
+            or (query.is_cuda and query.device == support.device == labels.device)
+        )
         and query.layout == support.layout == labels.layout == torch.strided
         and query.dtype in FLOAT_DTYPES
         and support.dtype == query.dtype

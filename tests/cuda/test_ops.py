@@ -166,7 +166,7 @@ def test_first_and_second_derivatives(similarity, device):
 def second_derivatives(value, inputs):
     """Gradients, to the inputs, of a weighted sum of the gradients of the value."""
     firsts = torch.autograd.grad(finite_sum(value), inputs, create_graph=True)
-    return torch.autograd.grad(sum(weighted_sum(g) for g in firsts), inputs)
+    return torch.autograd.grad(sum(weighted_sum(g.cpu()) for g in firsts), inputs)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["attention", "nll"])

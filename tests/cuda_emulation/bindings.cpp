@@ -62,6 +62,14 @@ struct MatchingProblem {
   matching::cuda::Sorted sorted() const { return {at<int64_t>(order), at<int64_t>(class_start)}; }
 };
 
+bool matching_class_order(const MatchingProblem& problem) {
+  const matching::Problem args = problem.get();
+  if (!matching::cuda::sorts_by_class(args)) return false;
+  matching::cuda::sort_by_class(args, at<int64_t>(problem.order), at<int64_t>(problem.class_start),
+                                nullptr);
+  return true;
+}
+
 void matching_forward(const MatchingProblem& problem, uintptr_t out, uintptr_t lse) {
   const matching::Forward args{problem.get(), at(out), at(lse)};
   const auto workspace = cuemu::fresh_shared(matching::cuda::forward_workspace(args.problem));
@@ -140,6 +148,7 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
                           FASTMETA_FIELD(class_start) FASTMETA_FIELD(scale_stride)
                               FASTMETA_FIELD(weight_stride) FASTMETA_FIELD(allow_tf32);
 #undef FASTMETA_FIELD
+  m.def("matching_class_order", &matching_class_order);
   m.def("matching_forward", &matching_forward);
   m.def("matching_backward", &matching_backward);
   m.def("matching_double_backward", &matching_double_backward);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import opcases
 import pytest
 import torch
-from cuda_emulation.cases import DTYPES, SIMILARITIES, Case, check, check_budget
+from cuda_emulation.cases import DTYPES, SIMILARITIES, Case, acc_of, check, check_budget
 
 # T, Q, S, C, D: ones; odd sizes; one tile exactly; tiles crossed on both sides; a class a support
 # over several tiles; one class; slices of features crossed, in packs and one by one.
@@ -265,6 +265,91 @@ def test_supports_that_blocks_share(emulation, shape, similarity, nll):
             emulation.schedule(seed, order, max_grid)
             assert all(map(torch.equal, got, case.forward(emulation, nll=nll)))
     assert seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1100, 3, 8), (1, 1030, 3, 2, 5), (2, 3, 1030, 4, 7)], ids=str
+)
+def test_rows_of_the_other_side_that_blocks_share(emulation, shape, similarity, nll, dtype):
+    """Gradients of few queries by many supports, and of few supports by many queries."""
+    case = Case(*shape, similarity, DTYPES[dtype])
+    if nll and case.targets[0, 0] < 0:
+        case.query[0, 0] = torch.nan  # ignored
+    whole = ["grad_query", "grad_support", "grad_scale", "grad_weight"]
+    emulation.module.multiprocessors(1)
+    alone = case.run(emulation, nll=nll)
+    emulation.module.multiprocessors(128)
+    got = case.run(emulation, nll=nll)
+    assert any("backward: splits" in launch.what for launch in emulation.launches())
+    for order, seed, max_grid in [("random", 1, 2**31 - 1), ("reverse", 0, 3)]:
+        emulation.schedule(seed, order, max_grid)
+        again = case.run(emulation, nll=nll)
+        for name, value in got.items():
+            assert torch.equal(value.nan_to_num(7.0), again[name].nan_to_num(7.0)), name
+    case.query.nan_to_num_()
+    truth, peer = case.define(torch.float64), case.define(acc_of(case.dtype))
+    kind = "nll" if nll else "logp"
+    names = [f"{kind}_{part}" for part in whole if f"{kind}_{part}" in got]
+    size = 64 * max(float(truth[name].abs().max()) for name in names)  # of sums of many rows
+    for name in names:
+        emulation.check(got[name], truth[name], peer[name], size, name)
+        emulation.check(alone[name], truth[name], peer[name], size, name)
+
+
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+def test_the_gradient_of_the_scale_keeps_no_rounding_of_what_supports_have_in_common(
+    emulation, nll
+):
+    """Squared distances of many features are large, and their differences are not."""
+    case = Case(2, 64, 25, 5, 512, "sqeuclidean", torch.float32)
+    case.scale[:] = 0.5 * 512**-0.5
+    truth, peer = case.define(torch.float64), case.define(torch.float32)
+    name = f"{'nll' if nll else 'logp'}_grad_scale"
+    error = (case.run(emulation, nll=nll)[name] - truth[name]).abs().max()
+    assert error < (peer[name] - truth[name]).abs().max()
+
+
+def test_squares_of_many_features_are_summed_in_two_levels(emulation):
+    case = Case(1, 4, 6, 3, 2048, "sqeuclidean", torch.float32)
+    case.labels[:] = torch.tensor([0, 1, 2, 0, 1, 2])
+    truth = case.define(torch.float64)["lse"]
+    _, lse = case.forward(emulation, nll=False)
+    assert ((lse - truth) / truth).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((3, 5), 4), ((2, 512), 7), ((2, 130), 300), ((1, 1), 1), ((2, 0), 3)]
+)
+def test_class_order_is_that_of_a_stable_sort(emulation, shape, classes):
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(-2, classes + 2, shape, generator=generator)
+    key = torch.where((labels >= 0) & (labels < classes), labels, classes)
+    ordered, wanted = key.sort(dim=1, stable=True)
+    starts = torch.searchsorted(
+        ordered, torch.arange(classes + 1).expand(shape[0], -1).contiguous()
+    )
+    for order, seed, max_grid in [("random", 1, 2**31 - 1), ("reverse", 0, 1)]:
+        emulation.schedule(seed, order, max_grid)
+        problem = emulation.module.MatchingProblem()
+        problem.dtype, problem.similarity = "float32", "dot"
+        problem.T, problem.Q, problem.S, problem.C, problem.D = shape[0], 1, shape[1], classes, 1
+        given = emulation.input(labels)
+        found = emulation.output(*shape, dtype=torch.int64)
+        start = emulation.output(shape[0], classes + 1, dtype=torch.int64)
+        problem.labels, problem.order = given.address, found.address
+        problem.class_start = start.address
+        assert emulation.module.matching_class_order(problem)
+        assert torch.equal(found.read(), wanted)
+        assert torch.equal(start.read(), starts)
+
+
+def test_tasks_of_many_supports_are_left_to_torch(emulation):
+    problem = emulation.module.MatchingProblem()
+    problem.dtype, problem.similarity, problem.S = "float32", "dot", 513
+    assert not emulation.module.matching_class_order(problem)
 
 
 @pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
