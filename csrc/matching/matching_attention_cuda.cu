@@ -10,7 +10,9 @@ namespace {
 constexpr int64_t kLeastTiles = 4;
 
 Splits forward_splits(const Problem& p) {
-  return splits_of(p.num_tasks * row_blocks(p.num_queries), p.num_supports, kLeastTiles);
+  // Three blocks a multiprocessor, where the kernel lets them in.
+  return splits_of(p.num_tasks * row_blocks(p.num_queries), p.num_supports, kLeastTiles,
+                   3 * int64_t{multiprocessors()});
 }
 
 // Scratch, in this order and the accumulation type; made without memory it is only counted.
@@ -59,7 +61,7 @@ struct SidePlan {
     tiles = keeps ? static_cast<int>(std::max<int64_t>(1, others_tiles)) : 1;
     block_slices = keeps ? backward_slices(p.num_tasks * row_blocks, slices) : 1;
     parts = (slices + block_slices - 1) / block_slices;
-    splits = splits_of(p.num_tasks * row_blocks * parts, others, 2 * kLeastTiles);
+    splits = splits_of(p.num_tasks * row_blocks * parts, others, 2 * kLeastTiles, enough_blocks());
   }
   // Elements of what a block leaves where others have the rest of the rows it streams.
   int64_t partial_rows(const Problem& p, bool owns_queries) const {

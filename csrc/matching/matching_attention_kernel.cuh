@@ -28,6 +28,12 @@
 
 namespace fastmeta::matching::cuda {
 
+// Blocks of the forward a multiprocessor, by registers: a third one, where nothing has to spill for
+// it, works while others wait for shared memory.
+template <class Product, class acc>
+inline constexpr int kForwardBlocks =
+    std::is_same_v<acc, double> ? 1 : (std::is_same_v<Product, DotProduct> ? 3 : 2);
+
 template <class Product, class acc>
 struct ForwardShared {
   StageOf<Product, acc> stage;
@@ -88,7 +94,7 @@ struct ForwardParams {
 };
 
 template <class scalar_t, class Product>
-__global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar_t>>)
     forward_kernel(const __grid_constant__ ForwardParams<scalar_t> params) {
   using acc = acc_t<scalar_t>;
   constexpr int kParts = kThreads / kTile;  // threads of a query when its scores are folded

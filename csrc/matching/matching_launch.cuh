@@ -109,9 +109,9 @@ struct Splits {
   int64_t count, size;  // rows of a part
 };
 
-inline Splits splits_of(int64_t blocks, int64_t rows, int64_t least) {
+inline Splits splits_of(int64_t blocks, int64_t rows, int64_t least, int64_t enough) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(rows, kTile));
-  const int64_t wanted = std::min(enough_blocks() / std::max<int64_t>(1, blocks), tiles / least);
+  const int64_t wanted = std::min(enough / std::max<int64_t>(1, blocks), tiles / least);
   const int64_t tiles_of_part = ceil_div(tiles, std::max<int64_t>(1, wanted));
   return {ceil_div(tiles, tiles_of_part), tiles_of_part * kTile};
 }

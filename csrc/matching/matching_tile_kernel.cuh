@@ -178,10 +178,17 @@ __device__ __forceinline__ void multiply_chunk(const Stage<acc>& stage, acc (&su
   }
 }
 
+// Whether any of the own rows of the warp's patches is one: else its products would be of zeros.
+template <class acc>
+__device__ __forceinline__ bool warp_owns_rows(const Side<acc>& own) {
+  const int ty = threadIdx.x / kAcross, tx = threadIdx.x % kAcross;
+  return __ballot_sync(kFullMask, own.row[ty * 4 + tx % 4] >= 0) != 0;
+}
+
 // Sums over all features for the pairs of two sides, which all threads must see (barrier before).
 // The order of the additions does not depend on which side is own: scores of the forward and of
-// both backward kernels agree to the bit. Leaves the stage free to be written after the next
-// barrier.
+// both backward kernels agree to the bit. Rows -1 get no sums of worth. Leaves the stage free to be
+// written after the next barrier.
 template <class Product, class scalar_t, class acc = acc_t<scalar_t>>
 __device__ __forceinline__ void tile_product(Stage<acc>& stage, const scalar_t* own_rows,
                                              const Side<acc>& own, const scalar_t* other_rows,
@@ -203,6 +210,7 @@ __device__ __forceinline__ void tile_product(Stage<acc>& stage, const scalar_t* 
 #pragma unroll
     for (int c = 0; c < 4; ++c) sum[r][c] = 0;
   }
+  const bool busy = warp_owns_rows(own);
   if (dim > 0) fetch(0);
   for (int64_t k0 = 0; k0 < dim; k0 += kDepth) {
     __syncthreads();  // the last chunk has been read
@@ -216,6 +224,7 @@ __device__ __forceinline__ void tile_product(Stage<acc>& stage, const scalar_t* 
     }
     __syncthreads();
     if (k0 + kDepth < dim) fetch(k0 + kDepth);
+    if (!busy) continue;
     if constexpr (Product::kSumsChunks) {
       acc chunk[4][4] = {};
       multiply_chunk<Product>(stage, chunk);
