@@ -125,7 +125,7 @@ class Engine:
         names: Sequence[str],
         supports: Supports,
         query_x: Tensor | None,
-        masked: bool,
+        masked: Callable[[], bool],
         query_y: Tensor | None = None,
     ) -> Prepared:
         """What runs these tasks, in which the parameters ``names`` of ``model`` adapt.
@@ -154,7 +154,7 @@ class Engine:
         shape = torch.Size((x.shape[1], *known.program.output))
         if supports.top is not None and supports.top >= shape[1]:
             check_prediction(self._loss, shape, supports.y.shape[1:], supports)
-        if known.normalises and (masked or (self._loss.labelled and supports.padded())):
+        if known.normalises and (masked() or (self._loss.labelled and supports.padded())):
             raise NoProgram("tasks are padded and batch norm takes its statistics over all rows")
         return known
 

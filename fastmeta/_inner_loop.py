@@ -25,42 +25,22 @@ from fastmeta._engine import Engine, NoProgram, Prepared, has_kernel
 from fastmeta._inner_losses import (
     Loss,
     NamedLoss,
-    Supports,
     check_prediction,
     query_losses,
     task_loss,
 )
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
+from fastmeta._padding import Queries, Supports, valid_rows
 from fastmeta._recompute import rng_restore, rng_state
 from fastmeta._recomputed_chunk import recomputed_chunk
 from fastmeta.errors import fail
 
-__all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
+__all__ = ["STRATEGIES", "Rates", "TaskRunner", "Weights"]
 
 #: The choices of ``strategy``.
 STRATEGIES = ("auto", "engine", "vmap", "loop")
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-
-
-@dataclass
-class Queries:
-    """The queries of T tasks: x Tensor[T, Q, ...], mask Tensor[T, Q] (True: a query) or None."""
-
-    x: Tensor
-    mask: Tensor | None = None
-    known: bool | None = None
-
-    def padded(self) -> bool:
-        """Whether any row is padding."""
-        if self.known is None:
-            self.known = self.mask is not None and not bool(self.mask.all())
-        return self.known
-
-    def part(self, start: int, stop: int) -> Queries:
-        """The queries of the tasks [start, stop)."""
-        mask = None if self.mask is None else self.mask[start:stop]
-        return Queries(self.x[start:stop], mask, self.known)
 
 
 @dataclass
@@ -204,8 +184,7 @@ class TaskRunner:
 
         ``given`` are the user's inputs. ``backward`` hands the gradients out: no graph is left.
         """
-        padded = queries.known is not False and queries.padded()
-        ready = self._ready(weights, supports, queries.x, queries.y, padded)
+        ready = self._ready(weights, supports, queries.x, queries.y, queries.padded)
         if ready is not None:
             assert isinstance(self.loss, NamedLoss)
             shape = torch.Size((queries.x.shape[1], *ready.program.output))
@@ -216,11 +195,9 @@ class TaskRunner:
             return self.engine.loss(
                 ready, weights.model, values, rates, supports, queries, steps, first_order, backward
             )
-        mask = None
-        if padded:
-            tasks = range(queries.x.shape[0])
-            mask = torch.stack([queries.valid(task) for task in tasks])
-        rows = Queries(queries.x, mask, padded)
+        # Where it is not known, the mask is on the device, and nobody may ever look at it.
+        mask = None if queries.known is False else valid_rows(queries.y)
+        rows = Queries(queries.x, mask, queries.known, queries.look)
         out = self.forward(weights, rates, supports, rows, steps, first_order)
         loss = query_losses(self.loss, out, queries).mean()
         if not backward:
@@ -249,7 +226,7 @@ class TaskRunner:
         supports: Supports,
         query_x: Tensor | None,
         query_y: Tensor | None,
-        masked: bool,
+        masked: Callable[[], bool],
     ) -> Prepared | None:
         """What the engine runs, or None where another strategy is to; then `passed` says why."""
         if self.strategy not in ("auto", "engine"):
@@ -297,8 +274,9 @@ class TaskRunner:
 
     def _run(self, job: _Job) -> Any:
         if job.supports is not None:
-            masked = job.queries is not None and job.queries.padded()
-            query_x = None if job.queries is None else job.queries.x
+            query_x, masked = None, _nothing_is_masked
+            if job.queries is not None:
+                query_x, masked = job.queries.x, job.queries.padded
             ready = self._ready(job.weights, job.supports, query_x, None, masked)
             if ready is not None:
                 return self._engine(job, ready)
@@ -478,6 +456,10 @@ class _Job:
             return _hide(lent(theta, x), mask)
         out = lent(theta, x[valid])
         return out.new_zeros(x.shape[0], *out.shape[1:]).index_copy(0, valid, out)
+
+
+def _nothing_is_masked() -> bool:
+    return False
 
 
 def _hide(out: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, NamedLoss, check_supports, named_loss
 from fastmeta._lent_model import BATCH_NORM, Slots
+from fastmeta._padding import Look
 from fastmeta._selection import Adapt, check_model, selected
 from fastmeta.errors import check_choice, check_integer, describe, fail, is_number
 
@@ -89,7 +90,8 @@ class MAML(nn.Module):
     Padding: with integer labels, supports labelled -100 are padding and count for nothing. Where
     rows of a task influence each other through batch norm, or the loss is your own, such tasks are
     run one by one without their padding. A module that mixes rows in other ways needs
-    ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
+    ``strategy="loop"`` for that. A task of nothing but padding does not adapt. On CUDA the host
+    waits for labels, once a call, only for these three; elsewhere no call waits for the device.
 
     Memory: the engine keeps the parameters of each step, and for `loss` nothing but the gradients.
     Otherwise, of each step only the ``T * parameters`` numbers that it starts from are kept, and of
@@ -259,6 +261,7 @@ class MAML(nn.Module):
             supports = check_supports("MAML", support_x, support_y, self._runner.loss)
             tasks, device = support_x.shape[0], support_x.device
             queries = check_queries("MAML", query_x, query_mask, tasks, device)
+            Look().share(supports, queries)
             weights = self._weights()
             return self._runner.forward(
                 weights, self._rates(weights.names), supports, queries, self.steps, self.first_order
@@ -346,6 +349,7 @@ class MAML(nn.Module):
         supports = check_supports(call, support_x, support_y, runner.loss)
         queries = check_supports(call, query_x, query_y, runner.loss, "query")
         check_queries(call, query_x, None, support_x.shape[0], support_x.device)
+        Look().share(supports, queries)
         weights = self._weights()
         self._names = weights.names
         rates = self._rates(weights.names)
@@ -381,6 +385,7 @@ class MAML(nn.Module):
         with _outside_inference():
             support_x, support_y = _usable(support_x, support_y)
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
+            Look().share(supports)
             weights = self._weights()
             theta = self._runner.adapt(
                 weights, self._rates(weights.names), supports, steps, self.first_order
