@@ -31,7 +31,7 @@ from fastmeta._inner_losses import (
 )
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
 from fastmeta._padding import Queries, Supports, valid_rows
-from fastmeta._recompute import rng_restore, rng_state
+from fastmeta._recompute import RngState, rng_restore, rng_state
 from fastmeta._recomputed_chunk import recomputed_chunk
 from fastmeta.errors import fail
 
@@ -89,6 +89,9 @@ class TaskRunner:
         self.proven = False
         self.refused: str | None = None
         self.last: tuple[str, str] | None = None
+        # Of a CUDA graph that is being captured: whether, and whether the run draws random numbers.
+        self.recording = False
+        self.draws = True
 
     def with_loss(self, loss: Loss) -> TaskRunner:
         """One like this, of another loss."""
@@ -130,8 +133,8 @@ class TaskRunner:
             return out
 
         whole = self.task_chunk is None or self.task_chunk >= supports.x.shape[0]
-        if not (whole or not torch.is_grad_enabled() or _transforms_active()):
-            run = recomputed_chunk(run, self.loss)
+        if not (whole or self.taped or not torch.is_grad_enabled() or _transforms_active()):
+            run = recomputed_chunk(run, self.loss, self.draws)
         parts = [
             run(weights, rates, supports.part(*chunk), queries.part(*chunk))
             for chunk in self._chunks(supports.x)
@@ -151,10 +154,23 @@ class TaskRunner:
             parts.append(self._run(_Job(self, part, None, None, query, 0, False)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @property
+    def taped(self) -> bool:
+        """Whether nothing can be run again, for its random numbers would be others."""
+        return self.recording and self.draws
+
+    def start(self, device: torch.device) -> RngState | None:
+        """Where the random numbers start that are the same for all tasks, if they are."""
+        if self.randomness != "same" or not self.draws:
+            return None
+        if self.recording:
+            raise RuntimeError("random numbers start over for each task or chunk of tasks")
+        return rng_state(device)
+
     def _chunks(self, like: Tensor) -> Iterator[tuple[int, int]]:
         tasks = like.shape[0]
         size = self.task_chunk or tasks
-        state = rng_state(like.device) if self.randomness == "same" and size < tasks else None
+        state = self.start(like.device) if size < tasks else None
         for start in range(0, tasks, size):
             if state is not None:
                 rng_restore(state, like.device)
@@ -313,6 +329,8 @@ class TaskRunner:
                 False,
             )
         except Exception as error:
+            if self.recording:
+                raise
             first = str(error).strip().split("\n", 1)[0]
             because, refuse = f"vmap failed with {type(error).__name__}: {first}", True
         if state is not None:
@@ -396,7 +414,9 @@ class _Job:
 
             lent.pad(supports.padded)
             theta = self._descend(
-                lent, Adaptation(self.lend, losses, supports.x, supports.y), theta
+                lent,
+                Adaptation(self.lend, losses, supports.x, supports.y, self.runner.draws),
+                theta,
             )
         if self.queries is None:
             return theta
@@ -410,8 +430,7 @@ class _Job:
     def one_by_one(self, lent: LentModel) -> Any:
         """Task after task, rows of padding taken out."""
         tasks, results = self.like.shape[0], []
-        same = self.runner.randomness == "same"
-        state = rng_state(self.like.device) if same else None
+        state = self.runner.start(self.like.device)
         for task in range(tasks):
             if state is not None and task:
                 rng_restore(state, self.like.device)
@@ -428,7 +447,11 @@ class _Job:
             loss = task_loss(self.runner.loss, self.supports, trimmed=True)
             if x.shape[0]:  # a task of nothing but padding stays as it is
                 adaptation = Adaptation(
-                    self.lend, lambda lent, theta, x, y: loss(lent(theta, x), y), x, y
+                    self.lend,
+                    lambda lent, theta, x, y: loss(lent(theta, x), y),
+                    x,
+                    y,
+                    self.runner.draws,
                 )
                 theta = self._descend(lent, adaptation, theta)
         else:
@@ -440,7 +463,8 @@ class _Job:
     def _descend(self, lent: LentModel, what: Adaptation, theta: list[Tensor]) -> list[Tensor]:
         assert self.rates is not None
         # Under torch.func a step is its own graph; of one step there is nothing to save.
-        if self.second_order and self.steps > 1 and not _transforms_active():
+        many = self.second_order and self.steps > 1
+        if many and not (self.runner.taped or _transforms_active()):
             return what.checkpointed(lent, theta, self.rates, self.steps)
         return what.taped(lent, theta, self.rates, self.steps, self.second_order)
 

@@ -21,6 +21,7 @@ __all__ = [
     "Supports",
     "check_prediction",
     "check_supports",
+    "labels_padded",
     "named_loss",
     "query_losses",
     "task_loss",
@@ -177,6 +178,17 @@ def _look(function: str, found: Supports, loss: Loss) -> Supports:
             wanted = f"class labels from 0 on, or {IGNORE_INDEX} for padding"
             fail(ValueError, function, f"{found.role}_y", wanted, int(labels[wrong][0]))
     return found
+
+
+def labels_padded(loss: Loss, *labels: Tensor) -> bool:
+    """Whether any row of ``labels``, as they came, is padding: one look."""
+    found = []
+    for y in labels:
+        if not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+            found.append((y == IGNORE_INDEX).any())
+            if isinstance(loss, NamedLoss) and loss.ignore != IGNORE_INDEX:
+                found.append((y == loss.ignore).any())
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def task_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
+from fastmeta._graph_capture import Request
+from fastmeta._graphed_step import GraphedSteps
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, NamedLoss, check_supports, named_loss
+from fastmeta._learned_rates import LEARN_LR, make_rates, rates_of
 from fastmeta._lent_model import BATCH_NORM, Slots
 from fastmeta._padding import Look
 from fastmeta._selection import Adapt, check_model, selected
 from fastmeta.errors import check_choice, check_integer, describe, fail, is_number
 
 __all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
-
-LEARN_LR = ("scalar", "parameter", "element")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class MAML(nn.Module):
         strategy: str = "auto",
         task_chunk: int | None = None,
         randomness: str = "different",
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         check_model(model)
@@ -177,7 +179,8 @@ class MAML(nn.Module):
             task_chunk = check_integer("MAML", "task_chunk", task_chunk, 1)
         if not callable(loss):
             check_choice("MAML", "loss", loss, (*LOSSES, "a function"))
-        for argument, value in (("first_order", first_order), ("lr_per_step", lr_per_step)):
+        flags = {"first_order": first_order, "lr_per_step": lr_per_step, "cuda_graph": cuda_graph}
+        for argument, value in flags.items():
             if not isinstance(value, bool):
                 fail(TypeError, "MAML", argument, "True or False", describe(value))
         if learn_lr is not False and learn_lr not in LEARN_LR:
@@ -212,8 +215,10 @@ class MAML(nn.Module):
             randomness=randomness,
         )
         self._look_at_criterion()
-        self.rates = self._make_rates()
+        lead = (self.steps,) if lr_per_step else ()
+        self.rates = make_rates(model, self._adapt, self.lr, learn_lr, lead)
         self._names: list[str] = []
+        self._graphs = GraphedSteps() if cuda_graph else None
 
     def forward(
         self,
@@ -345,15 +350,32 @@ class MAML(nn.Module):
         if recalled is not None:
             return recalled
         call = "MAML.backward" if backward else "MAML.loss"
+        if self._graphs is not None:
+            modules = list(self.children())
+
+            def step(given: Sequence[Tensor], look: Look) -> Tensor:
+                return self._step(call, given, look, backward=False)
+
+            fixed = (self.lr, self.learn_lr, self.lr_per_step, self._adapt, *options)
+            request = Request(given, modules, fixed, runner, step)
+            replayed = self._graphs(request, backward)
+            if replayed is not None:
+                return replayed
+        return self._step(call, given, Look(), backward)
+
+    def _step(self, call: str, given: Sequence[Tensor], look: Look, backward: bool) -> Tensor:
+        runner = self._runner
         support_x, support_y, query_x, query_y = _usable(*given)
         supports = check_supports(call, support_x, support_y, runner.loss)
         queries = check_supports(call, query_x, query_y, runner.loss, "query")
         check_queries(call, query_x, None, support_x.shape[0], support_x.device)
-        Look().share(supports, queries)
+        look.share(supports, queries)
         weights = self._weights()
         self._names = weights.names
         rates = self._rates(weights.names)
-        return runner.meta_loss(weights, rates, supports, queries, given, *options, backward)
+        return runner.meta_loss(
+            weights, rates, supports, queries, given, self.steps, self.first_order, backward
+        )
 
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
         """Adapt to each task's supports.
@@ -432,42 +454,8 @@ class MAML(nn.Module):
             fail(ValueError, "MAML", "model", wanted, "none")
         return Weights(self.model, slots, names, [_value(slots, n) for n in names])
 
-    def _make_rates(self) -> nn.ParameterDict:
-        rates = nn.ParameterDict()
-        if not self.learn_lr:
-            return rates
-        lead = (self.steps,) if self.lr_per_step else ()
-        parameters = dict(self.model.named_parameters())
-        if self.learn_lr == "scalar":
-            like = parameters[next(n for n in parameters if n in self._adapt)]
-            rates["all"] = _rate(self.lr, lead, like)
-            return rates
-        for name in (n for n in parameters if n in self._adapt):
-            like = parameters[name]
-            shape = (*lead, *like.shape) if self.learn_lr == "element" else lead
-            rates[_key(name)] = _rate(self.lr, shape, like)
-        return rates
-
     def _rates(self, names: list[str]) -> Rates:
-        if not self.learn_lr:
-            return Rates(self.lr)
-        shared = self.learn_lr == "scalar"
-        keys = ["all"] if shared else [_key(name) for name in names]
-        for key in keys:
-            if key not in self.rates:
-                wanted = f"of parameters that were there when learn_lr={self.learn_lr!r} made rates"
-                fail(ValueError, "MAML", "model", wanted, key.replace("/", "."))
-        tensors = [self.rates[key] for key in keys]
-        return Rates(self.lr, tensors, shared, self.lr_per_step)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
-
-
-def _rate(lr: float, shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    return nn.Parameter(torch.full(shape, lr, dtype=dtype, device=like.device))
+        return rates_of(self.rates, names, self.lr, self.learn_lr, self.lr_per_step)
 
 
 def _value(slots: Slots, name: str) -> Tensor:
