@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
 from fastmeta._graph_capture import Request
 from fastmeta._graphed_step import GraphedSteps
+from fastmeta._inference import outside_inference, usable
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, NamedLoss, check_supports, named_loss
 from fastmeta._learned_rates import LEARN_LR, make_rates, rates_of
@@ -106,6 +106,20 @@ class MAML(nn.Module):
     the model, and under ``torch.func.grad``. A model that hides its state (a counter in Python)
     is found out in the backward pass, on the CPU.
 
+    CUDA graphs: with ``cuda_graph=True`` the first `backward` or `loss` of a signature (shapes,
+    strides, dtypes and ``requires_grad`` of the inputs, this module as it is but for the numbers in
+    it, torch's settings) runs a few times and is captured, without a trace in gradients, buffers
+    and random numbers; later ones copy their inputs, replay the graph and hand out copies of its
+    gradients. The numbers are the same, dropout is drawn anew, optimizers need nothing new; what
+    changes the module is captured again. Up to 8 graphs are kept, each with its memory, and copies
+    or pickles have none. What the model and the loss do in Python happens at the capture alone, and
+    the gradient of `loss` cannot be differentiated again. Batch norm by batch statistics with
+    labels (and a loss of your own) looks at them before each replay, which waits for the device:
+    padded tasks run without the graph. Where random numbers are drawn, all graphs of steps and
+    chunks are kept. What cannot be captured (it waits for the device, or runs by ``"loop"`` because
+    ``"vmap"`` failed) runs without a graph, after one warning that says why; so do, without one,
+    calls under torch.func, torch.compile or modes of torch. On the CPU nothing changes.
+
     Under autocast ``"vmap"`` may return float32 where ``"loop"`` returns the lower dtype: it adds
     biases apart from the products.
 
@@ -130,6 +144,8 @@ class MAML(nn.Module):
         strategy: ``"auto"``, ``"engine"``, ``"vmap"`` or ``"loop"``.
         task_chunk: Tasks to hold in memory at a time; None: all. The numbers are the same.
         randomness: ``"different"`` or ``"same"`` random numbers (dropout) for each task.
+        cuda_graph: Whether `backward` and `loss` on CUDA are captured in a CUDA graph the first
+            time and replayed after.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -261,8 +277,8 @@ class MAML(nn.Module):
                 fail(ValueError, "MAML", "query_mask", wanted, describe(query_mask))
             return self.loss(support_x, support_y, query_x, query_y)
         self._look_at_criterion()
-        with _outside_inference():
-            support_x, support_y, query_x = _usable(support_x, support_y, query_x)
+        with outside_inference():
+            support_x, support_y, query_x = usable(support_x, support_y, query_x)
             supports = check_supports("MAML", support_x, support_y, self._runner.loss)
             tasks, device = support_x.shape[0], support_x.device
             queries = check_queries("MAML", query_x, query_mask, tasks, device)
@@ -290,13 +306,13 @@ class MAML(nn.Module):
                 padding, which counts for nothing.
 
         Returns:
-            A scalar, differentiable (with the engine once) in the model's parameters, the learned
-            rates and the floating inputs.
+            A scalar, differentiable (with the engine or a CUDA graph once) in the model's
+            parameters, the learned rates and the floating inputs.
 
         Raises:
             ValueError: As for the call; the queries' labels do not fit.
             TypeError: As for the call.
-            RuntimeError: As for the call; someone differentiates the engine's gradient again.
+            RuntimeError: As for the call; someone differentiates such a gradient again.
 
         Example:
             >>> import torch, fastmeta as fm
@@ -307,7 +323,7 @@ class MAML(nn.Module):
             torch.Size([1, 2])
         """
         if torch.is_inference_mode_enabled():
-            with _outside_inference():
+            with outside_inference():
                 return self.loss(support_x, support_y, query_x, query_y)
         return self._meta_loss((support_x, support_y, query_x, query_y), backward=False)
 
@@ -365,7 +381,7 @@ class MAML(nn.Module):
 
     def _step(self, call: str, given: Sequence[Tensor], look: Look, backward: bool) -> Tensor:
         runner = self._runner
-        support_x, support_y, query_x, query_y = _usable(*given)
+        support_x, support_y, query_x, query_y = usable(*given)
         supports = check_supports(call, support_x, support_y, runner.loss)
         queries = check_supports(call, query_x, query_y, runner.loss, "query")
         check_queries(call, query_x, None, support_x.shape[0], support_x.device)
@@ -404,8 +420,8 @@ class MAML(nn.Module):
         """
         steps = self.steps if steps is None else check_integer("MAML.adapt", "steps", steps, 0)
         self._look_at_criterion()
-        with _outside_inference():
-            support_x, support_y = _usable(support_x, support_y)
+        with outside_inference():
+            support_x, support_y = usable(support_x, support_y)
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
             Look().share(supports)
             weights = self._weights()
@@ -468,18 +484,3 @@ def _trainable(slots: Slots, name: str) -> bool:
     value = _value(slots, name)
     # Tensors that functional_call puts in place of parameters need not require grad.
     return value.requires_grad or not isinstance(value, nn.Parameter)
-
-
-@contextlib.contextmanager
-def _outside_inference() -> Iterator[None]:
-    """Out of ``torch.inference_mode``, in which no inner gradient can be had, into ``no_grad``."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _usable(*inputs: Any) -> tuple[Any, ...]:
-    """Copies of inference tensors, which autograd cannot save; all else as it is."""
-    return tuple(t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in inputs)
