@@ -48,11 +48,13 @@ class Meeting:
 
     # Each of the following takes a dtype and returns the step, which returns the meta-gradient.
 
-    def ours(self, strategy: str = "auto") -> Callable[[str], Step]:
-        """``fm.MAML`` with its own choice of strategy, or another than that."""
+    def ours(self, strategy: str = "auto", *, graph: bool = False) -> Callable[[str], Step]:
+        """``fm.MAML`` with its own choice of strategy, or another than that; with a CUDA graph."""
 
         def build(dtype: str) -> Step:
             work = self.work
+            if graph and self.options.device != "cuda":
+                raise AbsentError("it needs --device cuda")
             model, (xs, ys, xq, yq) = self.fresh(dtype)
             maml = fm.MAML(
                 model,
@@ -61,6 +63,7 @@ class Meeting:
                 first_order=not work.second_order,
                 loss="mse" if work.regression else "cross_entropy",
                 strategy=strategy,
+                cuda_graph=graph,
             )
             wrt = list(model.parameters())
             if work.to_features:
@@ -272,6 +275,7 @@ class Meeting:
         right = "grad(vmap)" if self.work.arch in ("mlp", "head") else "vmap(grad)"
         yield Contestant("fastmeta", self.ours(), "ours")
         yield Contestant("fastmeta, vmap strategy", self.ours("vmap"), "ours")
+        yield Contestant("fastmeta, CUDA graph", self.ours(graph=True), "ours")
         yield Contestant("autograd loop", self.autograd, "eager")
         yield Contestant("torch.func grad(vmap)", self.functional("grad(vmap)"), "eager")
         yield Contestant("torch.func vmap(grad)", self.functional("vmap(grad)"), "eager")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastmeta._inner_loop import Queries, TaskRunner, Weights
+from fastmeta._inner_loop import TaskRunner, Weights
 from fastmeta._inner_losses import named_loss
 from fastmeta._lent_model import BATCH_NORM, find_slots
+from fastmeta._padding import Look, Queries
 from fastmeta.errors import check_choice, describe, fail
 
 __all__ = ["AdaptedTask", "AdaptedTasks", "check_queries"]
@@ -130,6 +131,7 @@ class AdaptedTasks:
             TypeError: An argument is of the wrong type.
         """
         queries = check_queries("AdaptedTasks", query_x, query_mask, len(self))
+        Look().share(queries)
         weights = Weights.of(self._model, list(self.parameters), list(self.parameters.values()))
         return self._runner.predict(weights, queries)
 

@@ -31,12 +31,14 @@ class Adaptation:
         loss_of: ``(lent, theta, x, y) -> scalar``.
         x: Inputs.
         y: Labels or targets.
+        draws: Whether random numbers may be drawn.
     """
 
     lend: Callable[[], LentModel]
     loss_of: Callable[[LentModel, list[Tensor], Tensor, Tensor], Tensor]
     x: Tensor
     y: Tensor
+    draws: bool = True
 
     def taped(
         self, lent: LentModel, theta: list[Tensor], rates: Rates, steps: int, second_order: bool
@@ -59,12 +61,14 @@ class Adaptation:
         buffers or because it or its loss reads other tensors that require gradients, is found
         out; then all steps are taped.
         """
-        start, state, held = theta, rng_state(self.x.device), lent.held()
+        start, held = theta, lent.held()
+        state = rng_state(self.x.device) if self.draws else None
         for index in range(steps - 1):
             step = _Step(self, lent, held, rates.single(index), len(theta))
             theta = step.take(theta, look=index == 0)
             if not step.repeatable:
-                rng_restore(state, self.x.device)
+                if state is not None:
+                    rng_restore(state, self.x.device)
                 lent.fresh_buffers()
                 return self.taped(lent, start, rates, steps, True)
         return self.taped(lent, theta, rates.single(steps - 1), 1, True)
@@ -89,7 +93,7 @@ class _Step:
         """The parameters after the step; ``look`` at the graph for tensors that are not known."""
         what, self._look = self._what, look
         tensors = [*theta, *self._rates.tensors, what.x, what.y, *self._held.tensors]
-        result = recompute(self._first, tensors, what.x.device, again=self._again)
+        result = recompute(self._first, tensors, what.x.device, again=self._again, draws=what.draws)
         self._lent = None
         return list(result)
 

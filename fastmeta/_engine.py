@@ -29,7 +29,7 @@ from fastmeta.ops._engine_program import Loss as ProgramLoss
 from fastmeta.ops._engine_program import Program, Shape
 from fastmeta.ops.engine import adapt
 
-__all__ = ["Engine", "NoProgram", "Prepared", "has_kernel"]
+__all__ = ["Engine", "NoProgram", "Prepared", "has_kernel", "unusual_call"]
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -125,7 +125,7 @@ class Engine:
         names: Sequence[str],
         supports: Supports,
         query_x: Tensor | None,
-        masked: bool,
+        masked: Callable[[], bool],
         query_y: Tensor | None = None,
     ) -> Prepared:
         """What runs these tasks, in which the parameters ``names`` of ``model`` adapt.
@@ -154,7 +154,7 @@ class Engine:
         shape = torch.Size((x.shape[1], *known.program.output))
         if supports.top is not None and supports.top >= shape[1]:
             check_prediction(self._loss, shape, supports.y.shape[1:], supports)
-        if known.normalises and (masked or (self._loss.labelled and supports.padded())):
+        if known.normalises and (masked() or (self._loss.labelled and supports.padded())):
             raise NoProgram("tasks are padded and batch norm takes its statistics over all rows")
         return known
 
@@ -163,7 +163,7 @@ class Engine:
     ) -> None:
         if not isinstance(self._loss, NamedLoss):
             raise NoProgram("the loss is a function of your own")
-        unusual = _unusual(x.device.type)
+        unusual = unusual_call() or _autocast(x.device.type)
         if unusual is not None:
             raise NoProgram(unusual)
         if x.dtype not in DTYPES:
@@ -387,7 +387,7 @@ class Engine:
             if type(t) is not Tensor or not t.is_cpu:
                 return None
         found = self._recalled.get(_signature(*given))
-        if found is None or not structure.same() or _unusual("cpu"):
+        if found is None or not structure.same() or unusual_call() or _autocast("cpu"):
             return None
         ready, (fast, shared) = found
         support_x, support_y, query_x, query_y = given
@@ -437,8 +437,12 @@ def _signature(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Any:
     return (sx.shape, sy.shape, qx.shape, qy.shape, sx.dtype, sy.dtype, qx.dtype, qy.dtype)
 
 
-def _unusual(device_type: str) -> str | None:
-    """What is going on around the call that the engine does not take part in."""
+def _autocast(device_type: str) -> str | None:
+    return "autocast is enabled" if torch.is_autocast_enabled(device_type) else None
+
+
+def unusual_call() -> str | None:
+    """What is going on around the call, so that it has to run as it is written."""
     if _transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms are active"
     if torch.compiler.is_compiling():
@@ -447,4 +451,4 @@ def _unusual(device_type: str) -> str | None:
         isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    return "autocast is enabled" if torch.is_autocast_enabled(device_type) else None
+    return None

@@ -1,6 +1,7 @@
-"""What ``MAML.loss`` and ``MAML.backward`` do with a meta-step of the engine.
+"""What ``MAML.loss`` and ``MAML.backward`` do with a loss that comes with its gradients.
 
-The op returns both at once. `MetaLoss` puts them into autograd's graph, `hand_out` past it.
+The engine's op and CUDA graphs return both at once. `in_graph` puts them into autograd's graph,
+`hand_out` past it.
 """
 
 from __future__ import annotations
@@ -57,13 +58,22 @@ class Work(NamedTuple):
 
     def loss(self, tensors: Sequence[Tensor]) -> Tensor:
         """The mean query loss, in autograd's graph."""
-        return _MetaLoss.apply(self, torch.is_grad_enabled(), *tensors)  # type: ignore[no-any-return]
+        return in_graph(self, tensors)  # type: ignore[arg-type]
 
     def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The mean query loss, which tensors need a gradient, and these."""
         needs = [t.requires_grad for t in tensors]
         loss, grads = self(tensors, needs)
         return loss, [t for t, need in zip(tensors, needs, strict=True) if need], grads
+
+
+#: From tensors, and which of them need a gradient, to the loss and these gradients.
+Both = Callable[[Sequence[Tensor], Sequence[bool]], tuple[Tensor, list[Tensor]]]
+
+
+def in_graph(both: Both, tensors: Sequence[Tensor]) -> Tensor:
+    """The loss, in autograd's graph, which is to own its gradients."""
+    return _MetaLoss.apply(both, torch.is_grad_enabled(), *tensors)  # type: ignore[no-any-return]
 
 
 def hand_out(loss: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
@@ -74,25 +84,37 @@ def hand_out(loss: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -
     """
     if not tensors:
         raise RuntimeError("MAML.backward: neither parameters, rates nor inputs require a gradient")
-    others = []
+    others, sums, more = [], [], []
     for tensor, grad in zip(tensors, grads, strict=True):
         if not tensor.is_leaf or tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             others.append((tensor, grad))
         elif tensor.grad is None:
             tensor.grad = grad
         else:
-            with torch.no_grad():
-                tensor.grad.add_(grad)
+            sums.append(tensor.grad)
+            more.append(grad)
+    if sums:
+        _add(sums, more)
     if others:
         torch.autograd.backward([t for t, _ in others], [g for _, g in others])
     return loss
+
+
+@torch.no_grad()
+def _add(sums: list[Tensor], more: list[Tensor]) -> None:
+    """Adds to each of ``sums``, at once where one launch can: each is another tensor, on a GPU."""
+    if all(t.is_cuda for t in sums) and len({id(t) for t in sums}) == len(sums):
+        torch._foreach_add_(sums, more)
+        return
+    for total, grad in zip(sums, more, strict=True):
+        total.add_(grad)
 
 
 class _MetaLoss(torch.autograd.Function):
     """The mean query loss. Its gradients are there before anyone asks; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, work: Work, learning: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, work: Both, learning: bool, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:] if learning else (False,) * len(tensors)
         # No saved tensors: those are held until after the backward pass, so that each would be
         # copied into its parameter's .grad instead of becoming it.

@@ -25,42 +25,22 @@ from fastmeta._engine import Engine, NoProgram, Prepared, has_kernel
 from fastmeta._inner_losses import (
     Loss,
     NamedLoss,
-    Supports,
     check_prediction,
     query_losses,
     task_loss,
 )
 from fastmeta._lent_model import LentModel, PaddingMixes, Slots, find_slots
-from fastmeta._recompute import rng_restore, rng_state
+from fastmeta._padding import Queries, Supports, valid_rows
+from fastmeta._recompute import RngState, rng_restore, rng_state
 from fastmeta._recomputed_chunk import recomputed_chunk
 from fastmeta.errors import fail
 
-__all__ = ["STRATEGIES", "Queries", "Rates", "TaskRunner", "Weights"]
+__all__ = ["STRATEGIES", "Rates", "TaskRunner", "Weights"]
 
 #: The choices of ``strategy``.
 STRATEGIES = ("auto", "engine", "vmap", "loop")
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-
-
-@dataclass
-class Queries:
-    """The queries of T tasks: x Tensor[T, Q, ...], mask Tensor[T, Q] (True: a query) or None."""
-
-    x: Tensor
-    mask: Tensor | None = None
-    known: bool | None = None
-
-    def padded(self) -> bool:
-        """Whether any row is padding."""
-        if self.known is None:
-            self.known = self.mask is not None and not bool(self.mask.all())
-        return self.known
-
-    def part(self, start: int, stop: int) -> Queries:
-        """The queries of the tasks [start, stop)."""
-        mask = None if self.mask is None else self.mask[start:stop]
-        return Queries(self.x[start:stop], mask, self.known)
 
 
 @dataclass
@@ -109,6 +89,9 @@ class TaskRunner:
         self.proven = False
         self.refused: str | None = None
         self.last: tuple[str, str] | None = None
+        # Of a CUDA graph that is being captured: whether, and whether the run draws random numbers.
+        self.recording = False
+        self.draws = True
 
     def with_loss(self, loss: Loss) -> TaskRunner:
         """One like this, of another loss."""
@@ -150,8 +133,8 @@ class TaskRunner:
             return out
 
         whole = self.task_chunk is None or self.task_chunk >= supports.x.shape[0]
-        if not (whole or not torch.is_grad_enabled() or _transforms_active()):
-            run = recomputed_chunk(run, self.loss)
+        if not (whole or self.taped or not torch.is_grad_enabled() or _transforms_active()):
+            run = recomputed_chunk(run, self.loss, self.draws)
         parts = [
             run(weights, rates, supports.part(*chunk), queries.part(*chunk))
             for chunk in self._chunks(supports.x)
@@ -171,10 +154,23 @@ class TaskRunner:
             parts.append(self._run(_Job(self, part, None, None, query, 0, False)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @property
+    def taped(self) -> bool:
+        """Whether nothing can be run again, for its random numbers would be others."""
+        return self.recording and self.draws
+
+    def start(self, device: torch.device) -> RngState | None:
+        """Where the random numbers start that are the same for all tasks, if they are."""
+        if self.randomness != "same" or not self.draws:
+            return None
+        if self.recording:
+            raise RuntimeError("random numbers start over for each task or chunk of tasks")
+        return rng_state(device)
+
     def _chunks(self, like: Tensor) -> Iterator[tuple[int, int]]:
         tasks = like.shape[0]
         size = self.task_chunk or tasks
-        state = rng_state(like.device) if self.randomness == "same" and size < tasks else None
+        state = self.start(like.device) if size < tasks else None
         for start in range(0, tasks, size):
             if state is not None:
                 rng_restore(state, like.device)
@@ -204,8 +200,7 @@ class TaskRunner:
 
         ``given`` are the user's inputs. ``backward`` hands the gradients out: no graph is left.
         """
-        padded = queries.known is not False and queries.padded()
-        ready = self._ready(weights, supports, queries.x, queries.y, padded)
+        ready = self._ready(weights, supports, queries.x, queries.y, queries.padded)
         if ready is not None:
             assert isinstance(self.loss, NamedLoss)
             shape = torch.Size((queries.x.shape[1], *ready.program.output))
@@ -216,11 +211,9 @@ class TaskRunner:
             return self.engine.loss(
                 ready, weights.model, values, rates, supports, queries, steps, first_order, backward
             )
-        mask = None
-        if padded:
-            tasks = range(queries.x.shape[0])
-            mask = torch.stack([queries.valid(task) for task in tasks])
-        rows = Queries(queries.x, mask, padded)
+        # Where it is not known, the mask is on the device, and nobody may ever look at it.
+        mask = None if queries.known is False else valid_rows(queries.y)
+        rows = Queries(queries.x, mask, queries.known, queries.look)
         out = self.forward(weights, rates, supports, rows, steps, first_order)
         loss = query_losses(self.loss, out, queries).mean()
         if not backward:
@@ -249,7 +242,7 @@ class TaskRunner:
         supports: Supports,
         query_x: Tensor | None,
         query_y: Tensor | None,
-        masked: bool,
+        masked: Callable[[], bool],
     ) -> Prepared | None:
         """What the engine runs, or None where another strategy is to; then `passed` says why."""
         if self.strategy not in ("auto", "engine"):
@@ -297,8 +290,9 @@ class TaskRunner:
 
     def _run(self, job: _Job) -> Any:
         if job.supports is not None:
-            masked = job.queries is not None and job.queries.padded()
-            query_x = None if job.queries is None else job.queries.x
+            query_x, masked = None, _nothing_is_masked
+            if job.queries is not None:
+                query_x, masked = job.queries.x, job.queries.padded
             ready = self._ready(job.weights, job.supports, query_x, None, masked)
             if ready is not None:
                 return self._engine(job, ready)
@@ -335,6 +329,8 @@ class TaskRunner:
                 False,
             )
         except Exception as error:
+            if self.recording:
+                raise
             first = str(error).strip().split("\n", 1)[0]
             because, refuse = f"vmap failed with {type(error).__name__}: {first}", True
         if state is not None:
@@ -418,7 +414,9 @@ class _Job:
 
             lent.pad(supports.padded)
             theta = self._descend(
-                lent, Adaptation(self.lend, losses, supports.x, supports.y), theta
+                lent,
+                Adaptation(self.lend, losses, supports.x, supports.y, self.runner.draws),
+                theta,
             )
         if self.queries is None:
             return theta
@@ -432,8 +430,7 @@ class _Job:
     def one_by_one(self, lent: LentModel) -> Any:
         """Task after task, rows of padding taken out."""
         tasks, results = self.like.shape[0], []
-        same = self.runner.randomness == "same"
-        state = rng_state(self.like.device) if same else None
+        state = self.runner.start(self.like.device)
         for task in range(tasks):
             if state is not None and task:
                 rng_restore(state, self.like.device)
@@ -450,7 +447,11 @@ class _Job:
             loss = task_loss(self.runner.loss, self.supports, trimmed=True)
             if x.shape[0]:  # a task of nothing but padding stays as it is
                 adaptation = Adaptation(
-                    self.lend, lambda lent, theta, x, y: loss(lent(theta, x), y), x, y
+                    self.lend,
+                    lambda lent, theta, x, y: loss(lent(theta, x), y),
+                    x,
+                    y,
+                    self.runner.draws,
                 )
                 theta = self._descend(lent, adaptation, theta)
         else:
@@ -462,7 +463,8 @@ class _Job:
     def _descend(self, lent: LentModel, what: Adaptation, theta: list[Tensor]) -> list[Tensor]:
         assert self.rates is not None
         # Under torch.func a step is its own graph; of one step there is nothing to save.
-        if self.second_order and self.steps > 1 and not _transforms_active():
+        many = self.second_order and self.steps > 1
+        if many and not (self.runner.taped or _transforms_active()):
             return what.checkpointed(lent, theta, self.rates, self.steps)
         return what.taped(lent, theta, self.rates, self.steps, self.second_order)
 
@@ -478,6 +480,10 @@ class _Job:
             return _hide(lent(theta, x), mask)
         out = lent(theta, x[valid])
         return out.new_zeros(x.shape[0], *out.shape[1:]).index_copy(0, valid, out)
+
+
+def _nothing_is_masked() -> bool:
+    return False
 
 
 def _hide(out: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta._lent_model import PaddingMixes
+from fastmeta._padding import Supports, free_to_look
 from fastmeta.errors import IGNORE_INDEX, describe, fail, is_tracing
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Supports",
     "check_prediction",
     "check_supports",
+    "labels_padded",
     "named_loss",
     "query_losses",
     "task_loss",
@@ -120,48 +122,6 @@ def named_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
     return loss
 
 
-@dataclass
-class Supports:
-    """The supports of T tasks, and what a look at their labels said.
-
-    Attributes:
-        x: Tensor[T, S, ...].
-        y: Tensor[T, S, ...].
-        top: Largest label, or None where labels were not looked at.
-        known: Whether rows of padding are among them; None until someone asks.
-        role: ``"support"`` or ``"query"``: what messages call them.
-    """
-
-    x: Tensor
-    y: Tensor
-    top: int | None = None
-    known: bool | None = field(default=None)
-    role: str = "support"
-
-    def padded(self) -> bool:
-        """Whether any row is padding. Looks at the labels once, and only where it matters."""
-        if self.known is None:
-            self.known = bool((self.y == IGNORE_INDEX).any())
-        return self.known
-
-    def rows(self, task: int) -> tuple[Tensor, Tensor]:
-        """The supports of one task, without rows of padding."""
-        x, y = self.x[task], self.y[task]
-        if self.padded():
-            valid = self.valid(task)
-            x, y = x[valid], y[valid]
-        return x, y
-
-    def valid(self, task: int) -> Tensor:
-        """Which rows of one task are no padding, bool Tensor[S]."""
-        own = self.y[task] != IGNORE_INDEX
-        return own.flatten(1).any(1) if own.dim() > 1 else own
-
-    def part(self, start: int, stop: int) -> Supports:
-        """The supports of the tasks [start, stop)."""
-        return Supports(self.x[start:stop], self.y[start:stop], self.top, self.known, self.role)
-
-
 def check_supports(
     function: str, support_x: Any, support_y: Any, loss: Loss, role: str = "support"
 ) -> Supports:
@@ -203,7 +163,7 @@ def check_supports(
         if loss.ignore != IGNORE_INDEX:
             support_y = torch.where(support_y == loss.ignore, IGNORE_INDEX, support_y)
     found = Supports(support_x, support_y, role=role)
-    if support_y.device.type != "cpu" or is_tracing(support_y) or support_y.numel() == 0:
+    if not free_to_look(support_y) or is_tracing(support_y) or support_y.numel() == 0:
         return found
     return _look(function, found, loss)
 
@@ -218,6 +178,17 @@ def _look(function: str, found: Supports, loss: Loss) -> Supports:
             wanted = f"class labels from 0 on, or {IGNORE_INDEX} for padding"
             fail(ValueError, function, f"{found.role}_y", wanted, int(labels[wrong][0]))
     return found
+
+
+def labels_padded(loss: Loss, *labels: Tensor) -> bool:
+    """Whether any row of ``labels``, as they came, is padding: one look."""
+    found = []
+    for y in labels:
+        if not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+            found.append((y == IGNORE_INDEX).any())
+            if isinstance(loss, NamedLoss) and loss.ignore != IGNORE_INDEX:
+                found.append((y == loss.ignore).any())
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def task_loss(

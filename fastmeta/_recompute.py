@@ -32,6 +32,7 @@ def recompute(
     tensors: list[Tensor],
     device: torch.device,
     again: Callable[[list[Tensor]], Any] | None = None,
+    draws: bool = True,
 ) -> Any:
     """``run(tensors)`` without its graph, which the backward pass builds by running it again.
 
@@ -44,8 +45,9 @@ def recompute(
         tensors: What it is run on.
         device: Device whose random numbers it may draw.
         again: What is run in the backward pass, if it is not ``run`` itself.
+        draws: Whether it may draw any; while a CUDA graph is captured, their state is out of reach.
     """
-    return _Recomputed.apply(run, again or run, device, *tensors)
+    return _Recomputed.apply(run, again or run, device, draws, *tensors)
 
 
 def reads_more(result: Tensor, leaves: Iterable[Tensor]) -> bool:
@@ -66,9 +68,11 @@ def reads_more(result: Tensor, leaves: Iterable[Tensor]) -> bool:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Any, again: Any, device: torch.device, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, run: Any, again: Any, device: torch.device, draws: bool, *tensors: Tensor
+    ) -> Any:
         ctx.again, ctx.device = again, device
-        ctx.state = rng_state(device)
+        ctx.state = rng_state(device) if draws else None
         ctx.autocast = {
             "device_type": device.type,
             "enabled": torch.is_autocast_enabled(device.type),
@@ -80,17 +84,19 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         tensors, further = list(ctx.saved_tensors), torch.is_grad_enabled()
         if not further:
             tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-        now = rng_state(ctx.device)
-        rng_restore(ctx.state, ctx.device)
+        now = rng_state(ctx.device) if ctx.state is not None else None
+        if ctx.state is not None:
+            rng_restore(ctx.state, ctx.device)
         try:
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 results = ctx.again(tensors)
         finally:
-            rng_restore(now, ctx.device)
+            if now is not None:
+                rng_restore(now, ctx.device)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = [
             (r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad
@@ -104,4 +110,4 @@ class _Recomputed(torch.autograd.Function):
                     outputs, wanted, cotangents, create_graph=further, allow_unused=True
                 )
             )
-        return (None, None, None, *(next(found) if n else None for n in needed))
+        return (None, None, None, None, *(next(found) if n else None for n in needed))

@@ -16,11 +16,14 @@ from fastmeta.errors import fail
 __all__ = ["recomputed_chunk"]
 
 
-def recomputed_chunk(run: Callable[..., Tensor], loss: Any) -> Callable[..., Tensor]:
+def recomputed_chunk(
+    run: Callable[..., Tensor], loss: Any, draws: bool = True
+) -> Callable[..., Tensor]:
     """``run(weights, rates, supports, queries)`` without its graph.
 
     The second run sees the model in the modes and with the buffers of the first. A buffer, or a
-    class weight of ``loss``, that was written in place meanwhile is torch's usual error.
+    class weight of ``loss``, that was written in place meanwhile is torch's usual error. ``draws``
+    says whether random numbers may be drawn.
     """
 
     def again(weights: Any, rates: Any, supports: Any, queries: Any) -> Tensor:
@@ -56,7 +59,8 @@ def recomputed_chunk(run: Callable[..., Tensor], loss: Any) -> Callable[..., Ten
         read = [*before.tensors, *([] if weight is None else [weight])]
         # Those that are read alone: saved, so that torch notices writes.
         tensors = [*given, *(t for t in read if not t.requires_grad)]
-        return recompute(from_tensors, tensors, supports.x.device, again=checked)  # type: ignore[no-any-return]
+        device = supports.x.device
+        return recompute(from_tensors, tensors, device, checked, draws)  # type: ignore[no-any-return]
 
     return again
 

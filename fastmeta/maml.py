@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta._adapted_tasks import AdaptedTask, AdaptedTasks, check_queries
+from fastmeta._graph_capture import Request
+from fastmeta._graphed_step import GraphedSteps
+from fastmeta._inference import outside_inference, usable
 from fastmeta._inner_loop import STRATEGIES, Rates, TaskRunner, Weights
 from fastmeta._inner_losses import LOSSES, NamedLoss, check_supports, named_loss
+from fastmeta._learned_rates import LEARN_LR, make_rates, rates_of
 from fastmeta._lent_model import BATCH_NORM, Slots
+from fastmeta._padding import Look
 from fastmeta._selection import Adapt, check_model, selected
 from fastmeta.errors import check_choice, check_integer, describe, fail, is_number
 
 __all__ = ["MAML", "AdaptedTask", "AdaptedTasks", "Plan"]
-
-LEARN_LR = ("scalar", "parameter", "element")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class MAML(nn.Module):
     Padding: with integer labels, supports labelled -100 are padding and count for nothing. Where
     rows of a task influence each other through batch norm, or the loss is your own, such tasks are
     run one by one without their padding. A module that mixes rows in other ways needs
-    ``strategy="loop"`` for that. A task of nothing but padding does not adapt.
+    ``strategy="loop"`` for that. A task of nothing but padding does not adapt. On CUDA the host
+    waits for labels, once a call, only for these three; elsewhere no call waits for the device.
 
     Memory: the engine keeps the parameters of each step, and for `loss` nothing but the gradients.
     Otherwise, of each step only the ``T * parameters`` numbers that it starts from are kept, and of
@@ -102,6 +105,20 @@ class MAML(nn.Module):
     buffers, when it or the loss reads tensors with ``requires_grad=True`` that are no parameters of
     the model, and under ``torch.func.grad``. A model that hides its state (a counter in Python)
     is found out in the backward pass, on the CPU.
+
+    CUDA graphs: with ``cuda_graph=True`` the first `backward` or `loss` of a signature (shapes,
+    strides, dtypes and ``requires_grad`` of the inputs, this module as it is but for the numbers in
+    it, torch's settings) runs a few times and is captured, without a trace in gradients, buffers
+    and random numbers; later ones copy their inputs, replay the graph and hand out copies of its
+    gradients. The numbers are the same, dropout is drawn anew, optimizers need nothing new; what
+    changes the module is captured again. Up to 8 graphs are kept, each with its memory, and copies
+    or pickles have none. What the model and the loss do in Python happens at the capture alone, and
+    the gradient of `loss` cannot be differentiated again. Batch norm by batch statistics with
+    labels (and a loss of your own) looks at them before each replay, which waits for the device:
+    padded tasks run without the graph. Where random numbers are drawn, all graphs of steps and
+    chunks are kept. What cannot be captured (it waits for the device, or runs by ``"loop"`` because
+    ``"vmap"`` failed) runs without a graph, after one warning that says why; so do, without one,
+    calls under torch.func, torch.compile or modes of torch. On the CPU nothing changes.
 
     Under autocast ``"vmap"`` may return float32 where ``"loop"`` returns the lower dtype: it adds
     biases apart from the products.
@@ -127,6 +144,8 @@ class MAML(nn.Module):
         strategy: ``"auto"``, ``"engine"``, ``"vmap"`` or ``"loop"``.
         task_chunk: Tasks to hold in memory at a time; None: all. The numbers are the same.
         randomness: ``"different"`` or ``"same"`` random numbers (dropout) for each task.
+        cuda_graph: Whether `backward` and `loss` on CUDA are captured in a CUDA graph the first
+            time and replayed after.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -163,6 +182,7 @@ class MAML(nn.Module):
         strategy: str = "auto",
         task_chunk: int | None = None,
         randomness: str = "different",
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         check_model(model)
@@ -175,7 +195,8 @@ class MAML(nn.Module):
             task_chunk = check_integer("MAML", "task_chunk", task_chunk, 1)
         if not callable(loss):
             check_choice("MAML", "loss", loss, (*LOSSES, "a function"))
-        for argument, value in (("first_order", first_order), ("lr_per_step", lr_per_step)):
+        flags = {"first_order": first_order, "lr_per_step": lr_per_step, "cuda_graph": cuda_graph}
+        for argument, value in flags.items():
             if not isinstance(value, bool):
                 fail(TypeError, "MAML", argument, "True or False", describe(value))
         if learn_lr is not False and learn_lr not in LEARN_LR:
@@ -210,8 +231,10 @@ class MAML(nn.Module):
             randomness=randomness,
         )
         self._look_at_criterion()
-        self.rates = self._make_rates()
+        lead = (self.steps,) if lr_per_step else ()
+        self.rates = make_rates(model, self._adapt, self.lr, learn_lr, lead)
         self._names: list[str] = []
+        self._graphs = GraphedSteps() if cuda_graph else None
 
     def forward(
         self,
@@ -254,11 +277,12 @@ class MAML(nn.Module):
                 fail(ValueError, "MAML", "query_mask", wanted, describe(query_mask))
             return self.loss(support_x, support_y, query_x, query_y)
         self._look_at_criterion()
-        with _outside_inference():
-            support_x, support_y, query_x = _usable(support_x, support_y, query_x)
+        with outside_inference():
+            support_x, support_y, query_x = usable(support_x, support_y, query_x)
             supports = check_supports("MAML", support_x, support_y, self._runner.loss)
             tasks, device = support_x.shape[0], support_x.device
             queries = check_queries("MAML", query_x, query_mask, tasks, device)
+            Look().share(supports, queries)
             weights = self._weights()
             return self._runner.forward(
                 weights, self._rates(weights.names), supports, queries, self.steps, self.first_order
@@ -282,13 +306,13 @@ class MAML(nn.Module):
                 padding, which counts for nothing.
 
         Returns:
-            A scalar, differentiable (with the engine once) in the model's parameters, the learned
-            rates and the floating inputs.
+            A scalar, differentiable (with the engine or a CUDA graph once) in the model's
+            parameters, the learned rates and the floating inputs.
 
         Raises:
             ValueError: As for the call; the queries' labels do not fit.
             TypeError: As for the call.
-            RuntimeError: As for the call; someone differentiates the engine's gradient again.
+            RuntimeError: As for the call; someone differentiates such a gradient again.
 
         Example:
             >>> import torch, fastmeta as fm
@@ -299,7 +323,7 @@ class MAML(nn.Module):
             torch.Size([1, 2])
         """
         if torch.is_inference_mode_enabled():
-            with _outside_inference():
+            with outside_inference():
                 return self.loss(support_x, support_y, query_x, query_y)
         return self._meta_loss((support_x, support_y, query_x, query_y), backward=False)
 
@@ -342,14 +366,32 @@ class MAML(nn.Module):
         if recalled is not None:
             return recalled
         call = "MAML.backward" if backward else "MAML.loss"
-        support_x, support_y, query_x, query_y = _usable(*given)
+        if self._graphs is not None:
+            modules = list(self.children())
+
+            def step(given: Sequence[Tensor], look: Look) -> Tensor:
+                return self._step(call, given, look, backward=False)
+
+            fixed = (self.lr, self.learn_lr, self.lr_per_step, self._adapt, *options)
+            request = Request(given, modules, fixed, runner, step)
+            replayed = self._graphs(request, backward)
+            if replayed is not None:
+                return replayed
+        return self._step(call, given, Look(), backward)
+
+    def _step(self, call: str, given: Sequence[Tensor], look: Look, backward: bool) -> Tensor:
+        runner = self._runner
+        support_x, support_y, query_x, query_y = usable(*given)
         supports = check_supports(call, support_x, support_y, runner.loss)
         queries = check_supports(call, query_x, query_y, runner.loss, "query")
         check_queries(call, query_x, None, support_x.shape[0], support_x.device)
+        look.share(supports, queries)
         weights = self._weights()
         self._names = weights.names
         rates = self._rates(weights.names)
-        return runner.meta_loss(weights, rates, supports, queries, given, *options, backward)
+        return runner.meta_loss(
+            weights, rates, supports, queries, given, self.steps, self.first_order, backward
+        )
 
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> AdaptedTasks:
         """Adapt to each task's supports.
@@ -378,9 +420,10 @@ class MAML(nn.Module):
         """
         steps = self.steps if steps is None else check_integer("MAML.adapt", "steps", steps, 0)
         self._look_at_criterion()
-        with _outside_inference():
-            support_x, support_y = _usable(support_x, support_y)
+        with outside_inference():
+            support_x, support_y = usable(support_x, support_y)
             supports = check_supports("MAML.adapt", support_x, support_y, self._runner.loss)
+            Look().share(supports)
             weights = self._weights()
             theta = self._runner.adapt(
                 weights, self._rates(weights.names), supports, steps, self.first_order
@@ -427,42 +470,8 @@ class MAML(nn.Module):
             fail(ValueError, "MAML", "model", wanted, "none")
         return Weights(self.model, slots, names, [_value(slots, n) for n in names])
 
-    def _make_rates(self) -> nn.ParameterDict:
-        rates = nn.ParameterDict()
-        if not self.learn_lr:
-            return rates
-        lead = (self.steps,) if self.lr_per_step else ()
-        parameters = dict(self.model.named_parameters())
-        if self.learn_lr == "scalar":
-            like = parameters[next(n for n in parameters if n in self._adapt)]
-            rates["all"] = _rate(self.lr, lead, like)
-            return rates
-        for name in (n for n in parameters if n in self._adapt):
-            like = parameters[name]
-            shape = (*lead, *like.shape) if self.learn_lr == "element" else lead
-            rates[_key(name)] = _rate(self.lr, shape, like)
-        return rates
-
     def _rates(self, names: list[str]) -> Rates:
-        if not self.learn_lr:
-            return Rates(self.lr)
-        shared = self.learn_lr == "scalar"
-        keys = ["all"] if shared else [_key(name) for name in names]
-        for key in keys:
-            if key not in self.rates:
-                wanted = f"of parameters that were there when learn_lr={self.learn_lr!r} made rates"
-                fail(ValueError, "MAML", "model", wanted, key.replace("/", "."))
-        tensors = [self.rates[key] for key in keys]
-        return Rates(self.lr, tensors, shared, self.lr_per_step)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
-
-
-def _rate(lr: float, shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    return nn.Parameter(torch.full(shape, lr, dtype=dtype, device=like.device))
+        return rates_of(self.rates, names, self.lr, self.learn_lr, self.lr_per_step)
 
 
 def _value(slots: Slots, name: str) -> Tensor:
@@ -475,18 +484,3 @@ def _trainable(slots: Slots, name: str) -> bool:
     value = _value(slots, name)
     # Tensors that functional_call puts in place of parameters need not require grad.
     return value.requires_grad or not isinstance(value, nn.Parameter)
-
-
-@contextlib.contextmanager
-def _outside_inference() -> Iterator[None]:
-    """Out of ``torch.inference_mode``, in which no inner gradient can be had, into ``no_grad``."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _usable(*inputs: Any) -> tuple[Any, ...]:
-    """Copies of inference tensors, which autograd cannot save; all else as it is."""
-    return tuple(t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in inputs)

@@ -27,7 +27,7 @@ def prepared(model, row=(4,), *, queries=3, **options):
     supports = Supports(torch.zeros(2, 5, *row), torch.zeros(2, 5, dtype=torch.long), 0, False)
     query_x = torch.zeros(2, queries, *row)
     engine = maml._runner.engine
-    return engine.prepare(model, weights.names, supports, query_x, masked=False)
+    return engine.prepare(model, weights.names, supports, query_x, masked=lambda: False)
 
 
 def text(model, row=(4,), **options):

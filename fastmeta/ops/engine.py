@@ -196,8 +196,9 @@ def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def refuse_twice(*_: Any) -> NoReturn:
     """The error of whoever differentiates a gradient of the engine."""
     raise RuntimeError(
-        "MAML: the engine's meta-gradient cannot be differentiated again, for it is computed "
-        "without a graph. MAML(..., strategy='vmap') gives one that can, to any order."
+        "MAML: a meta-gradient of the engine or a CUDA graph cannot be differentiated again, for "
+        "autograd has no graph of it. MAML(..., strategy='vmap') without cuda_graph gives one that "
+        "can, to any order."
     )
 
 
