@@ -216,6 +216,9 @@ PYBIND11_MODULE(_C, m) {
         "Whether int64 labels at an address are in [0, num_classes) or ignore_index.");
   m.def("available_isas", &available_isas, "Instruction sets that this build and machine have.");
   m.def(
+      "default_isa", [] { return std::string(isa_name(default_isa())); },
+      "Instruction set that is taken where none is asked for.");
+  m.def(
       "current_isa", [] { return std::string(isa_name(current_isa())); },
       "Instruction set whose kernels run.");
   m.def(

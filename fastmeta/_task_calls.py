@@ -22,18 +22,20 @@ from fastmeta.ops.task_layers import _conv, _conv_size
 
 __all__ = ["batch_norm", "conv2d"]
 
+#: By kind of device, what has the kernels; None where they are not loaded.
+_KERNELS = {"cpu": _native.cpu_module, "cuda": _native.cuda_module}
+
 _mapped = torch._C._functorch.is_batchedtensor
 
 
 def _takes(mapped: Tensor, *others: Tensor | None) -> bool:
-    dtype = mapped.dtype
+    dtype, device = mapped.dtype, mapped.device
     return (
         _mapped(mapped)
-        and _native.cpu_module is not None
-        and mapped.is_cpu
+        and _KERNELS.get(device.type) is not None
         and dtype in (torch.float32, torch.float64)
-        and all(t is None or (t.dtype == dtype and t.is_cpu) for t in others)
-        and not torch.is_autocast_enabled("cpu")
+        and all(t is None or (t.dtype == dtype and t.device == device) for t in others)
+        and not torch.is_autocast_enabled(device.type)
     )
 
 

@@ -40,8 +40,10 @@ def backend_info() -> dict[str, Any]:
         isa_reason = "no CPU kernels loaded"
     elif cap and isa == cap:
         isa_reason = f"FASTMETA_CPU_ISA={cap}"
-    elif isa == isas[-1]:
+    elif isa == native.default_isa():
         isa_reason = "the best that this machine and build have"
+        if isa != isas[-1]:
+            isa_reason = f"of what this machine and build have the fastest; not {isas[-1]}"
     else:
         isa_reason = "chosen by set_isa"
     return {

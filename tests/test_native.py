@@ -101,7 +101,9 @@ def test_all_kernels_are_loaded(built):
     assert native == compiled_ops()
     assert info["build"]["native"] is True
     assert info["build"]["torch_target"] == "2.11"
-    assert info["isa"] == info["isas"][-1]
+    # Intel's dot products of AVX512-BF16 are no faster than two FMA, and are taken on demand.
+    best = info["isas"][-1]
+    assert info["isa"] == best or (info["isa"], best) == ("avx512", "avx512_bf16")
 
 
 def test_the_instruction_set_is_overridden_downwards(built):

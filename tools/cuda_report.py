@@ -85,6 +85,9 @@ DESIGN = (
     Design(
         r"matching.*:backward_kernel<.*Tensor", "matching_attention_backward", 256, 33328, 2, True
     ),
+    Design(
+        r"matching.*:backward_kernel<.*float16, .*Dot", "matching_attention_backward", 256, 30832, 1
+    ),
     Design(r"matching.*:backward_kernel<", "matching_attention_backward", 256, 30832, 2),
     Design(r"matching.*merge_splits_kernel<", "matching_attention: splits", 256, 0, 4),
     Design(r"matching.*merge_gradients_kernel<", "matching_attention_backward: splits", 256, 0, 4),

@@ -73,8 +73,9 @@ struct SidePlan {
 // The same for the backward.
 template <class acc>
 struct BackwardScratch {
-  acc* partial;  // first: aligned for packs. Gradients of rows by splits, for one side at a time,
-  acc* partial_sum;  // and sums of dL/dz * similarity
+  // Where a side is split, its gradients by splits, and sums of dL/dz * similarity; [1] of the
+  // queries. First: aligned for packs.
+  acc *partial[2], *partial_sum[2];
   acc *query_factor, *support_factor, *grad_sum, *scale_partial, *weight_partial;
   int64_t bytes;
 
@@ -86,13 +87,15 @@ struct BackwardScratch {
       used += needed ? elements : 0;
       return part;
     };
-    const SidePlan<Product, acc> of_queries(p, true), of_supports(p, false);
-    const int64_t rows =
-        std::max(of_queries.partial_rows(p, true), of_supports.partial_rows(p, false));
+    const SidePlan<Product, acc> sides[2] = {{p, false}, {p, true}};
+    for (int side = 0; side < 2; ++side) {
+      partial[side] = take(true, sides[side].partial_rows(p, side == 1) * p.dim);
+    }
+    for (int side = 0; side < 2; ++side) {
+      partial_sum[side] = take(true, sides[side].partial_rows(p, side == 1));
+    }
     const int64_t queries = p.num_tasks * p.num_queries, supports = p.num_tasks * p.num_supports;
-    const int64_t blocks = p.num_tasks * of_queries.row_blocks * of_queries.splits.count;
-    partial = take(true, rows * p.dim);
-    partial_sum = take(true, rows);
+    const int64_t blocks = p.num_tasks * sides[1].row_blocks * sides[1].splits.count;
     query_factor = take(p.similarity == Similarity::kCosine, queries);
     support_factor = take(p.similarity == Similarity::kCosine, supports);
     grad_sum = take(p.targets == nullptr, queries);
@@ -150,36 +153,41 @@ void run_backward(Product product, const Backward& args, const Sorted& sorted, v
   const auto* grad_support = static_cast<const scalar_t*>(args.grad_support);
   params.problem.vector =
       params.problem.vector && packable(grad_query, p.dim) && packable(grad_support, p.dim);
+  const auto side_of = [&](bool owns_queries) {
+    const SidePlan<Product, acc> plan(p, owns_queries);
+    BackwardParams<scalar_t> side = params;
+    side.row_blocks = plan.row_blocks;
+    side.slices = plan.slices;
+    side.block_slices = plan.block_slices;
+    side.parts = plan.parts;
+    side.tiles = plan.tiles;
+    side.splits = plan.splits.count;
+    side.work_items = p.num_tasks * side.row_blocks * side.parts * side.splits;
+    side.blocks = geometry(std::min(side.work_items, kMaxGrid / 2), kThreads).grid;
+    side.split_size = plan.splits.size;
+    if (plan.splits.count > 1) side.partial = scratch.partial[owns_queries];
+    side.partial_sum = scratch.partial_sum[owns_queries];
+    side.grad_rows = static_cast<scalar_t*>(owns_queries ? args.grad_query : args.grad_support);
+    return side;
+  };
+  const BackwardParams<scalar_t> queries = side_of(true), supports = side_of(false);
 
   launch_grad_sum(p, sorted, params.grad, scratch.grad_sum, stream);
-  const auto launch_side = [&](auto owns_queries, void* grad_rows) {
-    constexpr bool kOwnsQueries = decltype(owns_queries)::value;
-    const SidePlan<Product, acc> plan(p, kOwnsQueries);
-    params.row_blocks = plan.row_blocks;
-    params.slices = plan.slices;
-    params.block_slices = plan.block_slices;
-    params.parts = plan.parts;
-    params.tiles = plan.tiles;
-    params.splits = plan.splits.count;
-    params.split_size = plan.splits.size;
-    params.partial = plan.splits.count > 1 ? scratch.partial : nullptr;
-    params.partial_sum = scratch.partial_sum;
-    params.grad_rows = static_cast<scalar_t*>(grad_rows);
-    launch("matching_attention_backward", backward_kernel<scalar_t, Product, kOwnsQueries>,
-           geometry(
-               p.num_tasks * plan.row_blocks * plan.parts * plan.splits.count, kThreads,
-               sizeof(BackwardShared<Product, acc>) + plan.tiles * sizeof(SlopeTile<Product, acc>)),
-           stream, params);
-    if (params.partial == nullptr) return;
-    const int64_t rows = p.num_tasks * (kOwnsQueries ? p.num_queries : p.num_supports);
+  launch("matching_attention_backward", backward_kernel<scalar_t, Product>,
+         {queries.blocks + supports.blocks, kThreads,
+          sizeof(BackwardShared<Product, acc>) +
+              std::max(queries.tiles, supports.tiles) * sizeof(SlopeTile<Product, acc>)},
+         stream, queries, supports);
+  const auto merge = [&](auto kernel, const BackwardParams<scalar_t>& side, int64_t rows) {
+    if (side.partial == nullptr) return;
     const int64_t packs = params.problem.vector ? p.dim / kPack : p.dim;
-    launch("matching_attention_backward: splits", merge_gradients_kernel<scalar_t, kOwnsQueries>,
-           geometry(ceil_div(rows * packs, kThreads), kThreads), stream, params);
+    launch("matching_attention_backward: splits", kernel,
+           geometry(ceil_div(p.num_tasks * rows * packs, kThreads), kThreads), stream, side);
   };
-  launch_side(std::true_type{}, args.grad_query);
-  const int64_t blocks = params.row_blocks * params.splits;
-  launch_side(std::false_type{}, args.grad_support);
+  merge(merge_gradients_kernel<scalar_t, true>, queries, p.num_queries);
+  merge(merge_gradients_kernel<scalar_t, false>, supports, p.num_supports);
 
+  const int64_t blocks = queries.row_blocks * queries.splits;
   launch_totals(p, scratch.scale_partial, blocks, 1, args.grad_scale, stream);
   if (p.similarity == Similarity::kAdditive) {
     launch_totals(p, scratch.weight_partial, blocks, p.dim, args.grad_weight, stream);

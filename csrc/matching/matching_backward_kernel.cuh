@@ -1,11 +1,11 @@
 // Device code of the backward of matching_attention and matching_nll.
 //
-// One kernel, two uses: a block owns 64 queries and streams the valid supports (grad_query, and
-// partial sums of grad_scale and grad_weight), or owns 64 supports and streams the queries
-// (grad_support). Every gradient has one owner, so nothing is added atomically. A tile's scores
-// are recomputed, to the bit, turned into dL/dz by lse, out and grad, and kept in shared memory;
-// then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice gradients that
-// live in registers.
+// One kernel, two kinds of work: a block owns 64 queries and streams the valid supports
+// (grad_query, and partial sums of grad_scale and grad_weight), or owns 64 supports and streams the
+// queries (grad_support). Every gradient has one owner, so nothing is added atomically. A tile's
+// scores are recomputed, to the bit, turned into dL/dz by lse, out and grad, and kept in shared
+// memory; then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice
+// gradients that live in registers.
 //
 // - splits: where rows of a side are too few for the device and the other side is long, blocks
 //   share the rows that they stream, and leave sums that merge_gradients_kernel puts together in
@@ -17,7 +17,7 @@
 //   a block, and nothing is repeated up to D = kSlice. Either way every sum has the same order
 // - bytes: b * (D + kSlice) for every row a block streams, from L2 where blocks share a task
 // - FLOPs: 4 * Q * S * D for dot products and up, see above; 3 for differences; for each of the two
-//   uses
+//   kinds
 // - bound: by FP32 units for D above about 32 (19.5 TFLOP/s on A100, 67 on H100)
 // - tensor cores: scores as in the forward. Gradients are products of TF32: rows of 16-bit types
 //   are exact in it, and dL/dz is split in two terms that keep 22 bits of it, so one float32
@@ -203,147 +203,168 @@ __device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& para
   }
 }
 
-template <class scalar_t, class Product, bool kOwnsQueries>
-__global__ void __launch_bounds__(kThreads, kBlocks<acc_t<scalar_t>>)
-    backward_kernel(const __grid_constant__ BackwardParams<scalar_t> params) {
-  using acc = acc_t<scalar_t>;
-  using Shared = BackwardShared<Product, acc>;
+// One work item of a side: some rows of a task, some of their features, some of the other side's
+// rows.
+template <class Product, bool kOwnsQueries, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void backward_block(const BackwardParams<scalar_t>& params,
+                                               BackwardShared<Product, acc>* shared, int64_t work) {
   constexpr int kFeatures = kSlice<Product, acc>;
-  FASTMETA_DYNAMIC_SHARED(Shared, shared);
   auto* slopes = reinterpret_cast<SlopeTile<Product, acc>*>(shared + 1);
   const ProblemParams<scalar_t>& p = params.problem;
   const int thread = threadIdx.x, ty = thread / kAcross, tx = thread % kAcross;
   const int64_t num_own = kOwnsQueries ? p.num_queries : p.num_supports;
 
-  const int64_t work_items = p.num_tasks * params.row_blocks * params.splits * params.parts;
-  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t share = work / params.parts;  // of a block of rows
-    const int64_t row_block = share / params.splits, split = share % params.splits;
-    const int slice0 = static_cast<int>(work % params.parts) * params.block_slices;
+  const int64_t share = work / params.parts;  // of a block of rows
+  const int64_t row_block = share / params.splits, split = share % params.splits;
+  const int slice0 = static_cast<int>(work % params.parts) * params.block_slices;
 
-    __syncthreads();  // the last work item is done with shared memory
-    const int64_t task = row_block / params.row_blocks;
-    const int64_t own0 = row_block % params.row_blocks * kTile;
-    // Tiles of the other side in this split, in 32 bits, which is rows in 37; and rows of the last.
-    const int64_t others =
-        kOwnsQueries ? p.class_start[task * (p.num_classes + 1) + p.num_classes] : p.num_queries;
-    const int64_t rest = others - split * params.split_size;
-    const int64_t num_other = rest < params.split_size ? rest : params.split_size;
-    int num_tiles = num_other > 0 ? static_cast<int>((num_other - 1) / kTile + 1) : 0;
-    if (thread == 0) {
-      shared->task = task;
-      shared->own0 = own0;
-      shared->share = share;
-      shared->split = split;
-      shared->other0 = split * params.split_size;
-      shared->last_count = static_cast<int>(num_other - int64_t{num_tiles - 1} * kTile);
+  __syncthreads();  // the last work item is done with shared memory
+  const int64_t task = row_block / params.row_blocks;
+  const int64_t own0 = row_block % params.row_blocks * kTile;
+  // Tiles of the other side in this split, in 32 bits, which is rows in 37; and rows of the last.
+  const int64_t others =
+      kOwnsQueries ? p.class_start[task * (p.num_classes + 1) + p.num_classes] : p.num_queries;
+  const int64_t rest = others - split * params.split_size;
+  const int64_t num_other = rest < params.split_size ? rest : params.split_size;
+  int num_tiles = num_other > 0 ? static_cast<int>((num_other - 1) / kTile + 1) : 0;
+  if (thread == 0) {
+    shared->task = task;
+    shared->own0 = own0;
+    shared->share = share;
+    shared->split = split;
+    shared->other0 = split * params.split_size;
+    shared->last_count = static_cast<int>(num_other - int64_t{num_tiles - 1} * kTile);
+  }
+  bool active = false;
+  if (thread < kTile) {
+    const int64_t row = own0 + thread < num_own ? task * num_own + own0 + thread : -1;
+    if constexpr (kOwnsQueries) {
+      set_query(params, thread, row, shared->own, shared->terms);
+      if (shared->own.row[thread] >= 0) {
+        shared->centre[thread] = centre_of(p, task, shared->terms.lse[thread]);
+      }
+    } else {
+      set_support(p, thread, row, shared->own, shared->cls);
     }
-    bool active = false;
-    if (thread < kTile) {
-      const int64_t row = own0 + thread < num_own ? task * num_own + own0 + thread : -1;
-      if constexpr (kOwnsQueries) {
-        set_query(params, thread, row, shared->own, shared->terms);
-        if (shared->own.row[thread] >= 0) {
-          shared->centre[thread] = centre_of(p, task, shared->terms.lse[thread]);
+    active = shared->own.row[thread] >= 0;
+  }
+  const bool any_active = __syncthreads_or(active);
+  if (!any_active) num_tiles = 0;  // padding, or ignored queries: only zeros to write
+  const auto count_of = [&](int k) { return k + 1 < num_tiles ? kTile : shared->last_count; };
+  Gradient<Product, acc> gradient;
+  acc row_sum[4] = {};
+  for (int tile0 = 0; tile0 == 0 || tile0 < num_tiles; tile0 += params.tiles) {
+    for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
+      if (k > 0) __syncthreads();  // the last tile's terms have been read
+      if (thread < kTile) {
+        const int64_t position = shared->other0 + int64_t{tile0 + k} * kTile + thread;
+        const bool exists = thread < count_of(tile0 + k);
+        if constexpr (kOwnsQueries) {
+          const int64_t first = shared->task * p.num_supports;
+          set_support(p, thread, exists ? first + p.order[first + position] : -1, shared->other[k],
+                      shared->cls);
+        } else {
+          set_query(params, thread, exists ? shared->task * p.num_queries + position : -1,
+                    shared->other[k], shared->terms);
+        }
+      }
+      __syncthreads();
+      fill_slopes<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], row_sum);
+    }
+    const bool is_last = tile0 + params.tiles >= num_tiles;
+    if (is_last) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        row_sum[r] = lane_sum<kAcross>(row_sum[r]);
+        if (tx == 0) shared->row_sum[ty * 4 + r] = row_sum[r];
+      }
+      if constexpr (kOwnsQueries || Product::kTensor) __syncthreads();
+      if (kOwnsQueries && slice0 == 0 && thread == 0) {
+        acc total = 0;
+        for (int r = 0; r < kTile; ++r) total += shared->row_sum[r];
+        params.scale_partial[shared->share] = total;
+      }
+    }
+    for (int slice = slice0; slice < slice0 + params.block_slices && slice < params.slices;
+         ++slice) {
+      const int64_t feature0 = int64_t{slice} * kFeatures;
+      if (tile0 == 0) gradient.clear();
+      for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
+        add_tile<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], count_of(tile0 + k),
+                               feature0, gradient);
+      }
+      if (!is_last) continue;
+      if constexpr (Product::kTensor) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int own = tensor_row(half * 2);
+          if (shared->own0 + own >= num_own) continue;
+#pragma unroll
+          for (int j = 0; j < Gradient<Product, acc>::kProducts; ++j) {
+            const int column = tensor_column(Gradient<Product, acc>::kProducts, j, 0);
+            const acc pair[2] = {gradient.value[j][half * 2], gradient.value[j][half * 2 + 1]};
+            write_gradient<2, kOwnsQueries>(params, *shared, own, shared->row_sum[own],
+                                            feature0 + column, pair);
+          }
         }
       } else {
-        set_support(p, thread, row, shared->own, shared->cls);
-      }
-      active = shared->own.row[thread] >= 0;
-    }
-    const bool any_active = __syncthreads_or(active);
-    if (!any_active) num_tiles = 0;  // padding, or ignored queries: only zeros to write
-    const auto count_of = [&](int k) { return k + 1 < num_tiles ? kTile : shared->last_count; };
-    Gradient<Product, acc> gradient;
-    acc row_sum[4] = {};
-    for (int tile0 = 0; tile0 == 0 || tile0 < num_tiles; tile0 += params.tiles) {
-      for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
-        if (k > 0) __syncthreads();  // the last tile's terms have been read
-        if (thread < kTile) {
-          const int64_t position = shared->other0 + int64_t{tile0 + k} * kTile + thread;
-          const bool exists = thread < count_of(tile0 + k);
-          if constexpr (kOwnsQueries) {
-            const int64_t first = shared->task * p.num_supports;
-            set_support(p, thread, exists ? first + p.order[first + position] : -1,
-                        shared->other[k], shared->cls);
-          } else {
-            set_query(params, thread, exists ? shared->task * p.num_queries + position : -1,
-                      shared->other[k], shared->terms);
-          }
-        }
-        __syncthreads();
-        fill_slopes<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], row_sum);
-      }
-      const bool is_last = tile0 + params.tiles >= num_tiles;
-      if (is_last) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          row_sum[r] = lane_sum<kAcross>(row_sum[r]);
-          if (tx == 0) shared->row_sum[ty * 4 + r] = row_sum[r];
-        }
-        if constexpr (kOwnsQueries || Product::kTensor) __syncthreads();
-        if (kOwnsQueries && slice0 == 0 && thread == 0) {
-          acc total = 0;
-          for (int r = 0; r < kTile; ++r) total += shared->row_sum[r];
-          params.scale_partial[shared->share] = total;
+          const int own = ty * 4 + r;
+          if (shared->own0 + own >= num_own) continue;
+#pragma unroll
+          for (int patch = 0; patch < kFeatures / kTile; ++patch) {
+            acc pack[kPack];
+#pragma unroll
+            for (int c = 0; c < kPack; ++c) pack[c] = gradient.value[r][patch * kPack + c];
+            write_gradient<kPack, kOwnsQueries>(params, *shared, own, row_sum[r],
+                                                feature0 + patch * kTile + tx * kPack, pack);
+          }
         }
       }
-      for (int slice = slice0; slice < slice0 + params.block_slices && slice < params.slices;
-           ++slice) {
-        const int64_t feature0 = int64_t{slice} * kFeatures;
-        if (tile0 == 0) gradient.clear();
-        for (int k = 0; k < params.tiles && tile0 + k < num_tiles; ++k) {
-          add_tile<kOwnsQueries>(params, *shared, shared->other[k], slopes[k], count_of(tile0 + k),
-                                 feature0, gradient);
+      if constexpr (kOwnsQueries && Product::kWeighs) {
+        static_assert(kAcross == kDepth);
+        __syncthreads();  // the rows have been read: their place takes the sums of the weight
+#pragma unroll
+        for (int column = 0; column < kFeatures / kTile * kPack; ++column) {
+          const int feature = column / kPack * kTile + tx * kPack + column % kPack;
+          shared->rows[ty][feature] = gradient.weight[column];
         }
-        if (!is_last) continue;
-        if constexpr (Product::kTensor) {
+        __syncthreads();
+        if (thread < kFeatures && feature0 + thread < p.dim) {
+          acc total = 0;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int own = tensor_row(half * 2);
-            if (shared->own0 + own >= num_own) continue;
-#pragma unroll
-            for (int j = 0; j < Gradient<Product, acc>::kProducts; ++j) {
-              const int column = tensor_column(Gradient<Product, acc>::kProducts, j, 0);
-              const acc pair[2] = {gradient.value[j][half * 2], gradient.value[j][half * 2 + 1]};
-              write_gradient<2, kOwnsQueries>(params, *shared, own, shared->row_sum[own],
-                                              feature0 + column, pair);
-            }
-          }
-        } else {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int own = ty * 4 + r;
-            if (shared->own0 + own >= num_own) continue;
-#pragma unroll
-            for (int patch = 0; patch < kFeatures / kTile; ++patch) {
-              acc pack[kPack];
-#pragma unroll
-              for (int c = 0; c < kPack; ++c) pack[c] = gradient.value[r][patch * kPack + c];
-              write_gradient<kPack, kOwnsQueries>(params, *shared, own, row_sum[r],
-                                                  feature0 + patch * kTile + tx * kPack, pack);
-            }
-          }
-        }
-        if constexpr (kOwnsQueries && Product::kWeighs) {
-          static_assert(kAcross == kDepth);
-          __syncthreads();  // the rows have been read: their place takes the sums of the weight
-#pragma unroll
-          for (int column = 0; column < kFeatures / kTile * kPack; ++column) {
-            const int feature = column / kPack * kTile + tx * kPack + column % kPack;
-            shared->rows[ty][feature] = gradient.weight[column];
-          }
-          __syncthreads();
-          if (thread < kFeatures && feature0 + thread < p.dim) {
-            acc total = 0;
-#pragma unroll
-            for (int r = 0; r < kAcross; ++r) total += shared->rows[r][thread];
-            params.weight_partial[shared->share * p.dim + feature0 + thread] =
-                p.scale[shared->task * p.scale_stride] * total;
-          }
+          for (int r = 0; r < kAcross; ++r) total += shared->rows[r][thread];
+          params.weight_partial[shared->share * p.dim + feature0 + thread] =
+              p.scale[shared->task * p.scale_stride] * total;
         }
       }
     }
+  }
+}
+
+// Blocks a multiprocessor, by registers. 16-bit dot products without tensor cores, which is sm_75,
+// would spill for a second one.
+template <class Product, class scalar_t>
+inline constexpr int kBackwardBlocks =
+    sizeof(scalar_t) == 2 && std::is_same_v<Product, DotProduct> ? 1 : kBlocks<acc_t<scalar_t>>;
+
+// Both sides' work, in one launch: that of few-shot tasks leaves room on the device beside it.
+template <class scalar_t, class Product>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Product, scalar_t>)
+    backward_kernel(const __grid_constant__ BackwardParams<scalar_t> queries,
+                    const __grid_constant__ BackwardParams<scalar_t> supports) {
+  using Shared = BackwardShared<Product, acc_t<scalar_t>>;
+  FASTMETA_DYNAMIC_SHARED(Shared, shared);
+  if (blockIdx.x < queries.blocks) {
+    for (int64_t work = blockIdx.x; work < queries.work_items; work += queries.blocks) {
+      backward_block<Product, true>(queries, shared, work);
+    }
+    return;
+  }
+  for (int64_t work = blockIdx.x - queries.blocks; work < supports.work_items;
+       work += supports.blocks) {
+    backward_block<Product, false>(supports, shared, work);
   }
 }
 

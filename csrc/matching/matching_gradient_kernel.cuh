@@ -21,6 +21,8 @@ template <class scalar_t>
 struct BackwardParams {
   using acc = acc_t<scalar_t>;
   ProblemParams<scalar_t> problem;
+  int64_t work_items;  // row_blocks * splits * parts of all tasks
+  unsigned blocks;     // of the grid, that share them
   int64_t row_blocks;
   int slices, block_slices;    // in all; of a block, above one only where all slopes are kept
   int parts;                   // blocks that share a row's slices

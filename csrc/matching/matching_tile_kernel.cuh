@@ -43,7 +43,7 @@ inline constexpr int kBlocks = std::is_same_v<acc, double> ? 1 : 2;
 // add: one feature's share of the sum. slope: derivative of the share with respect to the own row's
 // feature, up to factors that do not depend on the feature and other side (weight, slope_factor).
 // kSumsChunks: a chunk's sum is formed by itself, for terms of one sign, whose sum grows and with
-// it the rounding of every addition.
+// it the rounding of every addition. (That of 16-bit storage is larger anyway.)
 
 struct DotProduct {  // dot, and cosine on rows scaled to length one
   static constexpr bool kScalesRows = true, kSlopeReadsOwn = false, kWeighs = false;
@@ -225,7 +225,7 @@ __device__ __forceinline__ void tile_product(Stage<acc>& stage, const scalar_t* 
     __syncthreads();
     if (k0 + kDepth < dim) fetch(k0 + kDepth);
     if (!busy) continue;
-    if constexpr (Product::kSumsChunks) {
+    if constexpr (Product::kSumsChunks && sizeof(scalar_t) > 2) {
       acc chunk[4][4] = {};
       multiply_chunk<Product>(stage, chunk);
 #pragma unroll
