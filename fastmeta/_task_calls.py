@@ -3,8 +3,9 @@
 torch maps a convolution with weights of each task to a grouped one, whose second derivative loops
 over the groups, and batch norm to one of all tasks' channels, whose second derivative is a dozen
 passes over memory. The ops of ``fastmeta.ops.task_layers`` compute the same, and stay one call.
-Here is where they are taken: on the CPU, with their kernels loaded, in float32 and float64 without
-autocast; and only where a tensor is mapped, for a layer that all tasks share is already one call.
+Here is where they are taken: on the CPU and CUDA, with their kernels loaded, in float32 and float64
+without autocast; and only where a tensor is mapped, for a layer that all tasks share is already one
+call. Convolutions that may round to TF32 are left to cuDNN, which is as fast with it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ def _takes(mapped: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _may_round(tensor: Tensor) -> bool:
+    """Whether torch lets a convolution of it round to TF32."""
+    return bool(
+        tensor.is_cuda
+        and tensor.dtype == torch.float32
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    )
+
+
 def _pair(value: Any) -> tuple[int, int] | None:
     """Two integers, or None for what is left to torch."""
     if isinstance(value, int):
@@ -64,7 +74,7 @@ def conv2d(
     """``F.conv2d`` with weights of each task; None for what is left to torch, errors among it."""
     pairs = [_pair(v) for v in (stride, padding, dilation)]
     fits = input.dim() == 4 and weight.dim() == 4 and all(p is not None for p in pairs)
-    if not fits or not _takes(weight, input, bias):
+    if not fits or not _takes(weight, input, bias) or _may_round(weight):
         return None
     geometry = [n for p in pairs if p is not None for n in p] + [groups]
     channels, outputs = input.shape[1], weight.shape[0]

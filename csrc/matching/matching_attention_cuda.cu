@@ -9,10 +9,20 @@ namespace {
 // Of fewer tiles, the merge costs what the split saves.
 constexpr int64_t kLeastTiles = 4;
 
+// Blocks of the forward that fill the device.
+int64_t forward_blocks(const Problem& p) {
+  int64_t blocks = 0;
+  dispatch(p.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    dispatch_tensor_product<scalar_t>(
+        p, [&](auto product) { blocks = kForwardBlocks<decltype(product), acc_t<scalar_t>>; });
+  });
+  return blocks * multiprocessors();
+}
+
 Splits forward_splits(const Problem& p) {
-  // Three blocks a multiprocessor, where the kernel lets them in.
   return splits_of(p.num_tasks * row_blocks(p.num_queries), p.num_supports, kLeastTiles,
-                   3 * int64_t{multiprocessors()});
+                   forward_blocks(p));
 }
 
 // Scratch, in this order and the accumulation type; made without memory it is only counted.

@@ -126,7 +126,7 @@ void run(const Operands& ops, Forward args) {
   const bridge::CudaScope scope(ops.query);
   args.problem.allow_tf32 = allow_tf32(args.problem);
   const ClassOrder sorted(ops, scope.stream());
-  const Tensor space = bridge::workspace(ops.query, cuda::forward_workspace(ops.problem));
+  const Tensor space = bridge::workspace(ops.query, cuda::forward_workspace(args.problem));
   cuda::forward(args, sorted.view(), space.mutable_data_ptr(), scope.stream());
 }
 void run(const Operands& ops, Backward args) {
