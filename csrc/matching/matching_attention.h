@@ -94,9 +94,11 @@ inline bool keeps_scores(const Problem& p) {
 
 struct Forward {
   Problem problem;
-  void* out;               // acc: logp [T, Q, C], or with targets nll [T, Q]
-  void* lse;               // acc: [T, Q]
-  void* scores = nullptr;  // acc: similarities [T, S, kept_lanes()], supports in class order
+  void* out;  // acc: logp [T, Q, C], or with targets nll [T, Q]
+  void* lse;  // acc: [T, Q]
+  // acc, for the backward: CPU: similarities [T, S, kept_lanes()], supports in class order; CUDA:
+  // what they are made of, [T, Q, S], nothing at padding.
+  void* scores = nullptr;
 };
 
 struct Backward {
@@ -149,6 +151,8 @@ struct Sorted {
   const int64_t* order;
   const int64_t* class_start;
 };
+// Elements a task of Forward::scores, 0 where the backward computes them again.
+int64_t scores_size(const Problem& problem);
 bool sorts_by_class(const Problem& problem);
 void sort_by_class(const Problem& problem, int64_t* order, int64_t* class_start, void* stream);
 int64_t forward_workspace(const Problem& problem);

@@ -130,6 +130,7 @@ void run_forward(const Forward& args, const Sorted& sorted, void* workspace, voi
   params.query_blocks = row_blocks(p.num_queries);
   params.out = static_cast<acc*>(args.out);
   params.lse = static_cast<acc*>(args.lse);
+  params.scores = static_cast<acc*>(args.scores);
   dispatch_tensor_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
     launch("matching_attention", forward_kernel<scalar_t, Product>,
@@ -157,6 +158,7 @@ void run_backward(Product product, const Backward& args, const Sorted& sorted, v
   params.out = static_cast<const acc*>(args.out);
   params.lse = static_cast<const acc*>(args.lse);
   params.grad_sum = scratch.grad_sum;
+  params.scores = static_cast<const acc*>(args.scores);
   params.scale_partial = scratch.scale_partial;
   params.weight_partial = scratch.weight_partial;
   const auto* grad_query = static_cast<const scalar_t*>(args.grad_query);
@@ -205,6 +207,17 @@ void run_backward(Product product, const Backward& args, const Sorted& sorted, v
 }
 
 }  // namespace
+
+int64_t scores_size(const Problem& problem) {
+  const int64_t scalar_bytes = problem.dtype == DType::kFloat64   ? 8
+                               : problem.dtype == DType::kFloat32 ? 4
+                                                                  : 2;
+  const int64_t bytes =
+      problem.num_queries * problem.num_supports * std::max<int64_t>(4, scalar_bytes);
+  const int64_t rows = problem.num_queries + problem.num_supports;
+  const bool small = 2 * bytes <= rows * problem.dim * scalar_bytes;
+  return small ? problem.num_queries * problem.num_supports : 0;
+}
 
 bool sorts_by_class(const Problem& problem) { return problem.num_supports <= kOrderRows; }
 

@@ -91,6 +91,7 @@ struct ForwardParams {
   SplitSums<acc>* partial;     // [T * Q, splits], nullptr where supports are not split
   acc* out;
   acc* lse;
+  acc* scores;  // [T, Q, S]: sums over the features, for the backward; nullptr: not kept
 };
 
 template <class scalar_t, class Product>
@@ -157,6 +158,11 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
         shared->class_end[thread] = is_valid ? class_start[cls + 1] : position + 1;
       }
       __syncthreads();
+      const auto keep = [&](int i, int column, acc value) {
+        const int64_t query = shared->query.row[i], support = shared->support.row[column];
+        if (query < 0 || support < 0) return;
+        params.scores[query * p.num_supports + support - task * p.num_supports] = value;
+      };
       acc sum[4][4];
       if constexpr (Product::kTensor) {
         tensor_product(shared->stage, p.query, shared->query, p.support, shared->support, p.dim,
@@ -165,7 +171,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            shared->score[tensor_row(e)][tensor_column(kTensorTiles, j, e)] = scale * sum[j][e];
+            const int i = tensor_row(e), column = tensor_column(kTensorTiles, j, e);
+            shared->score[i][column] = scale * sum[j][e];
+            if (params.scores != nullptr) keep(i, column, sum[j][e]);
           }
         }
       } else {
@@ -175,7 +183,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
         for (int r = 0; r < 4; ++r) {
           Pack<acc> score;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
+          for (int c = 0; c < 4; ++c) {
+            score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
+            if (params.scores != nullptr) keep(ty * 4 + r, tx * 4 + c, sum[r][c]);
+          }
           *reinterpret_cast<Pack<acc>*>(&shared->score[ty * 4 + r][tx * 4]) = score;
         }
       }

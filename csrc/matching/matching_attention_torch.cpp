@@ -155,9 +155,9 @@ void run(const Operands& /*ops*/, const DoubleBackward& args) {
 #endif
 
 // How many similarities of a task the forward leaves for the backward.
-int64_t scores_size([[maybe_unused]] const Problem& p) {
+int64_t scores_size(const Problem& p) {
 #if defined(FASTMETA_CUDA)
-  return 0;
+  return cuda::scores_size(p);
 #else
   return keeps_scores(p) ? p.num_supports * kept_lanes(p) : 0;
 #endif

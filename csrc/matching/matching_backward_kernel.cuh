@@ -7,6 +7,9 @@
 // memory; then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice
 // gradients that live in registers.
 //
+// - kept sums: the forward of few-shot tasks leaves its sums over the features (4 * Q * S bytes),
+// and
+//   the first product falls away
 // - splits: where rows of a side are too few for the device and the other side is long, blocks
 //   share the rows that they stream, and leave sums that merge_gradients_kernel puts together in
 //   their order: D + 1 numbers a row and split. Sizes and device alone say how many
@@ -142,19 +145,17 @@ __device__ __forceinline__ acc score_gradient(const BackwardParams<scalar_t>& pa
   return exp_(relative - log_p) * (params.grad[at] - exp_(log_p) * terms.pull[i]);
 }
 
-// Slopes of a tile of pairs, and the rows' sums of dL/dz * similarity, each thread its patch's
-// share.
+// Sums over the features for a tile of pairs, into the place of their slopes: each thread finds its
+// patch there, columns as packs.
 template <bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
-__device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& params,
-                                            BackwardShared<Product, acc>& shared,
-                                            const Side<acc>& other_side,
-                                            SlopeTile<Product, acc>& tile, acc (&row_sum)[4]) {
+__device__ __forceinline__ void form_sums(const BackwardParams<scalar_t>& params,
+                                          BackwardShared<Product, acc>& shared,
+                                          const Side<acc>& other_side,
+                                          SlopeTile<Product, acc>& tile) {
   const ProblemParams<scalar_t>& p = params.problem;
   const scalar_t* own_rows = kOwnsQueries ? p.query : p.support;
   const scalar_t* other_rows = kOwnsQueries ? p.support : p.query;
   const int ty = threadIdx.x / kAcross, tx = threadIdx.x % kAcross;
-  // The sums go through shared memory, so that the loop that turns them into slopes need not be
-  // unrolled: exp and expm1 sixteen times over outgrow the cache.
   acc sum[4][4];
   if constexpr (Product::kTensor) {
     tensor_product(shared.stage, own_rows, shared.own, other_rows, other_side, p.dim, p.vector,
@@ -178,6 +179,47 @@ __device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& para
       for (int r = 0; r < 4; ++r) column.v[r] = sum[r][c];
       *reinterpret_cast<Pack<acc>*>(&tile.slope[tx * 4 + c][ty * 4]) = column;
     }
+  }
+}
+
+// The same from what the forward kept.
+template <bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void load_sums(const BackwardParams<scalar_t>& params,
+                                          const BackwardShared<Product, acc>& shared,
+                                          const Side<acc>& other_side,
+                                          SlopeTile<Product, acc>& tile) {
+  const int64_t num_supports = params.problem.num_supports;
+  const int64_t first = shared.task * num_supports;  // supports count from task 0
+  const int ty = threadIdx.x / kAcross, tx = threadIdx.x % kAcross;
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) {
+    Pack<acc> column;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int64_t own = shared.own.row[ty * 4 + r], other = other_side.row[tx * 4 + c];
+      const int64_t query = kOwnsQueries ? own : other, support = kOwnsQueries ? other : own;
+      const bool exists = own >= 0 && other >= 0;
+      column.v[r] = exists ? params.scores[query * num_supports + support - first] : acc(0);
+    }
+    *reinterpret_cast<Pack<acc>*>(&tile.slope[tx * 4 + c][ty * 4]) = column;
+  }
+}
+
+// Slopes of a tile of pairs, and the rows' sums of dL/dz * similarity, each thread its patch's
+// share.
+template <bool kOwnsQueries, class Product, class scalar_t, class acc = acc_t<scalar_t>>
+__device__ __forceinline__ void fill_slopes(const BackwardParams<scalar_t>& params,
+                                            BackwardShared<Product, acc>& shared,
+                                            const Side<acc>& other_side,
+                                            SlopeTile<Product, acc>& tile, acc (&row_sum)[4]) {
+  const ProblemParams<scalar_t>& p = params.problem;
+  const int ty = threadIdx.x / kAcross, tx = threadIdx.x % kAcross;
+  // The sums go through shared memory, so that the loop that turns them into slopes need not be
+  // unrolled: exp and expm1 sixteen times over outgrow the cache.
+  if (params.scores != nullptr) {
+    load_sums<kOwnsQueries>(params, shared, other_side, tile);
+  } else {
+    form_sums<kOwnsQueries>(params, shared, other_side, tile);
   }
   const acc scale = p.scale[shared.task * p.scale_stride];
 #pragma unroll 1

@@ -34,6 +34,7 @@ struct BackwardParams {
   const acc* __restrict__ out;
   const acc* __restrict__ lse;
   const acc* __restrict__ grad_sum;  // attention: [T * Q], of grad over the classes with support
+  const acc* __restrict__ scores;    // of the forward, [T, Q, S]; nullptr: formed again
   scalar_t* grad_rows;               // of the owned rows
   acc* scale_partial;                // [T, row_blocks, splits]
   acc* weight_partial;               // [T, row_blocks, splits, D], additive

@@ -44,8 +44,9 @@ def matching_attention(
     Vinyals et al. 2016, "Matching Networks for One Shot Learning", arXiv:1606.04080, eq. 1. Neither
     the attention weights [Q, S] nor one-hot labels exist in memory in the compiled path, forward,
     backward or double backward (a third order runs in plain PyTorch and holds them), but for small
-    tasks on the CPU: up to 256 KB a task while the backward runs, and from the forward to the
-    backward where that is at most half of the size of ``query`` and ``support``.
+    tasks: the similarities [Q, S] from the forward to the backward where they take at most half of
+    the memory of ``query`` and ``support``, and on the CPU up to 256 KB a task while the backward
+    runs.
 
     Args:
         query: Tensor[..., Q, D], float32, float64, bfloat16 or float16.
@@ -196,8 +197,8 @@ LIBRARY.impl(
 
 
 # ``keep_scores`` asks the forward for what spares the backward its first product: the similarities
-# of few-shot tasks. They are the kernel's own business: empty where it keeps none (other devices,
-# larger tasks, the reference, traced programs), and read by no one but the backward.
+# of few-shot tasks. They are the kernel's own business: empty where it keeps none (larger tasks, the
+# reference, traced programs), and read by no one but the backward.
 
 
 def _fake(

@@ -70,17 +70,23 @@ bool matching_class_order(const MatchingProblem& problem) {
   return true;
 }
 
-void matching_forward(const MatchingProblem& problem, uintptr_t out, uintptr_t lse) {
-  const matching::Forward args{problem.get(), at(out), at(lse)};
+int64_t matching_scores_size(const MatchingProblem& problem) {
+  return matching::cuda::scores_size(problem.get());
+}
+
+void matching_forward(const MatchingProblem& problem, uintptr_t out, uintptr_t lse,
+                      uintptr_t scores) {
+  const matching::Forward args{problem.get(), at(out), at(lse), at(scores)};
   const auto workspace = cuemu::fresh_shared(matching::cuda::forward_workspace(args.problem));
   matching::cuda::forward(args, problem.sorted(), workspace.get(), nullptr);
 }
 
 void matching_backward(const MatchingProblem& problem, uintptr_t grad, uintptr_t out, uintptr_t lse,
                        uintptr_t grad_query, uintptr_t grad_support, uintptr_t grad_scale,
-                       uintptr_t grad_weight) {
-  const matching::Backward args{problem.get(),  at(grad),         at(out),        at(lse),
-                                at(grad_query), at(grad_support), at(grad_scale), at(grad_weight)};
+                       uintptr_t grad_weight, uintptr_t scores) {
+  const matching::Backward args{problem.get(),  at(grad),        at(out),
+                                at(lse),        at(grad_query),  at(grad_support),
+                                at(grad_scale), at(grad_weight), at(scores)};
   const auto workspace = cuemu::fresh_shared(matching::cuda::backward_workspace(args.problem));
   matching::cuda::backward(args, problem.sorted(), workspace.get(), nullptr);
 }
@@ -149,7 +155,11 @@ PYBIND11_MODULE(FASTMETA_EMULATION, m) {
                               FASTMETA_FIELD(weight_stride) FASTMETA_FIELD(allow_tf32);
 #undef FASTMETA_FIELD
   m.def("matching_class_order", &matching_class_order);
-  m.def("matching_forward", &matching_forward);
-  m.def("matching_backward", &matching_backward);
+  m.def("matching_scores_size", &matching_scores_size);
+  m.def("matching_forward", &matching_forward, py::arg("problem"), py::arg("out"), py::arg("lse"),
+        py::arg("scores") = 0);
+  m.def("matching_backward", &matching_backward, py::arg("problem"), py::arg("grad"),
+        py::arg("out"), py::arg("lse"), py::arg("grad_query"), py::arg("grad_support"),
+        py::arg("grad_scale"), py::arg("grad_weight"), py::arg("scores") = 0);
   m.def("matching_double_backward", &matching_double_backward);
 }

@@ -172,14 +172,16 @@ class Case:
         emulation.module.matching_forward(problem, out.address, lse.address)
         return out.read(), lse.read()
 
-    def run(self, emulation, *, nll: bool) -> dict[str, Tensor]:
-        """Outputs and gradients by the kernels."""
+    def run(self, emulation, *, nll: bool, keep_scores: bool = False) -> dict[str, Tensor]:
+        """Outputs and gradients by the kernels; ``keep_scores`` hands the forward's to the backward."""
         T, Q, S, C, D = self.shape
         acc, keep = acc_of(self.dtype), []
         problem = self.problem(emulation, keep, nll)
         out = emulation.output(*((T, Q) if nll else (T, Q, C)), dtype=acc)
         lse = emulation.output(T, Q, dtype=acc)
-        emulation.module.matching_forward(problem, out.address, lse.address)
+        scores = emulation.output(T, Q, S, dtype=acc) if keep_scores else None
+        kept = scores.address if scores is not None else 0
+        emulation.module.matching_forward(problem, out.address, lse.address, kept)
 
         grad = emulation.input(self.grad_nll if nll else self.grad_logp)
         grads = {
@@ -191,7 +193,7 @@ class Case:
             grads["weight"] = emulation.output(T, D, dtype=acc)
         addresses = [g.address for g in grads.values()] + ([0] if self.weight is None else [])
         emulation.module.matching_backward(
-            problem, grad.address, out.address, lse.address, *addresses
+            problem, grad.address, out.address, lse.address, *addresses, kept
         )
         kind = "nll" if nll else "logp"
         return {

@@ -299,6 +299,33 @@ def test_rows_of_the_other_side_that_blocks_share(emulation, shape, similarity, 
         emulation.check(alone[name], truth[name], peer[name], size, name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 5, 4, 7), (2, 67, 131, 4, 5), (2, 70, 9, 3, 132)], ids=str
+)
+def test_scores_that_are_kept_change_no_bit(emulation, shape, similarity, nll, dtype):
+    if similarity == "additive" and max(shape) > 100:
+        shape = (2, 5, 66, 3, 12)
+    case = Case(*shape, similarity, DTYPES[dtype])
+    case.support[(case.labels < 0) | (case.labels >= shape[3])] = torch.nan  # padding
+    formed, kept = case.run(emulation, nll=nll), case.run(emulation, nll=nll, keep_scores=True)
+    for name, value in formed.items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_scores_are_kept_where_they_are_small(emulation):
+    """Half of the memory of queries and supports, and no more."""
+    for dtype, size in (("float32", 4), ("float64", 8), ("bfloat16", 2)):
+        for dim in (8, 64, 512):
+            problem = emulation.module.MatchingProblem()
+            problem.dtype, problem.similarity = dtype, "dot"
+            problem.Q, problem.S, problem.D = 75, 25, dim
+            small = 2 * 75 * 25 * max(4, size) <= (75 + 25) * dim * size
+            assert emulation.module.matching_scores_size(problem) == small * 75 * 25
+
+
 @pytest.mark.parametrize("nll", [False, True], ids=["attention", "nll"])
 def test_the_gradient_of_the_scale_keeps_no_rounding_of_what_supports_have_in_common(
     emulation, nll
