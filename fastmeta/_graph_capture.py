@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmeta._cuda_recorder import RECORDERS
 from fastmeta._inner_loop import TaskRunner
+from fastmeta._inner_losses import NamedLoss
 from fastmeta._padding import Look
 from fastmeta._recompute import reads_more, rng_restore, rng_state
 from fastmeta._structure import Structure
@@ -83,25 +84,38 @@ class Graph:
     last: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        self._structures = [Structure(module) for module in self.modules]
+        # With the first, what a loss of one's own is made of.
+        own = () if isinstance(self.runner.loss, NamedLoss) else (self.runner.loss,)
+        self._structures = [
+            Structure(module, *(() if i else own)) for i, module in enumerate(self.modules)
+        ]
         self.places: Places = []
         for structure in self._structures:
             self.places += [slots[0] for slots in structure.slots.values()]
             self.places += structure.buffers.values()
-        self._pointers = [held[key].data_ptr() for held, key in self.places]
+        for held, key in self.places:
+            tensor = held[key]
+            if tensor.layout != torch.strided or tensor.is_inference():
+                raise NoGraph(f"{key!r} is no ordinary tensor but a sparse or inference one")
+            if tensor.device != self.static[0].device:
+                raise NoGraph(f"{key!r} is on {tensor.device}")
+        self._at = self._where()
 
     @property
     def buffers(self) -> Places:
         """Where buffers are."""
         return [place for s in self._structures for place in s.buffers.values()]
 
+    def _where(self) -> list[Any]:
+        tensors = [held[key] for held, key in self.places]
+        return [(t.data_ptr(), t.stride()) for t in tensors]
+
     def moved(self) -> bool:
         """Whether a parameter or buffer is elsewhere in memory, or gone."""
         try:
-            now = [held[key].data_ptr() for held, key in self.places]
-        except (KeyError, AttributeError):
+            return self._where() != self._at
+        except (KeyError, AttributeError, RuntimeError):
             return True
-        return now != self._pointers
 
     def same(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the modules are what they were, but for the numbers."""
@@ -168,7 +182,7 @@ def record(key: Any, request: Request) -> Graph | None:
         if host:
             raise NoGraph("random numbers are drawn on the host")
         graph.looks = look.found is not None
-        _as_captured(graph, leaves, draws)
+        _as_captured(graph, leaves, request.given, draws)
         if before.replaced() or not graph.same(request.modules):
             raise NoGraph("the forward pass changes the module")
     finally:
@@ -178,7 +192,7 @@ def record(key: Any, request: Request) -> Graph | None:
     return graph
 
 
-def _as_captured(graph: Graph, leaves: _Leaves, draws: bool) -> None:
+def _as_captured(graph: Graph, leaves: _Leaves, given: Sequence[Any], draws: bool) -> None:
     """Run and capture it in the form that needs nothing of the host."""
 
     def run() -> tuple[Tensor, list[Tensor | None]]:
@@ -189,6 +203,7 @@ def _as_captured(graph: Graph, leaves: _Leaves, draws: bool) -> None:
     runner.recording, runner.draws = True, draws
     try:
         for _ in range(WARM_UPS - 1):
+            graph.copy_in(given)  # the model may have written to its input
             recorder.warm_up(run, strict=True)
         loss, grads = recorder.capture(run)
     except torch.OutOfMemoryError:

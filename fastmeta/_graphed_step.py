@@ -9,6 +9,7 @@ so that it happens as it does without graphs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class GraphedSteps:
 
     def __init__(self) -> None:
         self._known: list[Graph | _Refusal] = []
+        self._padded: list[Any] = []  # signatures that were met with padding and have to know
 
     def __deepcopy__(self, memo: Any) -> GraphedSteps:
         return GraphedSteps()
@@ -55,12 +57,16 @@ class GraphedSteps:
         if found is not None:
             if found.looks and labels_padded(request.runner.loss, *request.given[1::2]):
                 return None
-            found.copy_in(request.given)
         else:
+            signature = key, request.runner
+            if signature in self._padded and labels_padded(
+                request.runner.loss, *request.given[1::2]
+            ):
+                return None
             try:
                 found = record(key, request)
             except NoGraph as reason:
-                self._keep(_Refusal(key, request.runner))
+                self._keep(_Refusal(key, request.runner, _modes(request.modules)))
                 warnings.warn(
                     f"MAML: cuda_graph=True without a graph, because {reason}. The numbers are the "
                     "same.",
@@ -68,10 +74,13 @@ class GraphedSteps:
                 )
                 return None
             if found is None:
+                if signature not in self._padded:
+                    self._padded = [*self._padded[1 - KEPT_REFUSALS :], signature]
                 return None
             self._keep(found)
         if backward and not found.targets:
             return None  # to say so in the usual words
+        found.copy_in(request.given)
         found.recorder.replay()
         request.runner.last = found.last
         tensors = found.wanted(request.given)
@@ -83,12 +92,11 @@ class GraphedSteps:
         for known in reversed(self._known):
             if known.key != key or known.runner is not request.runner:
                 continue
-            if isinstance(known, Graph):
-                if known.moved():  # it reads memory that is no longer the parameters'
-                    self._known.remove(known)
-                    continue
-                if not known.same(request.modules):
-                    continue
+            if isinstance(known, Graph) and known.moved():
+                self._known.remove(known)  # it reads memory that is no longer the parameters'
+                continue
+            if not known.same(request.modules):
+                continue
             self._known.remove(known)
             self._known.append(known)
             return known
@@ -104,10 +112,19 @@ class GraphedSteps:
 
 @dataclass(eq=False)
 class _Refusal:
-    """A signature that has no graph, for a reason that was told."""
+    """A signature that has no graph, for a reason that was told, in these modes of the modules."""
 
     key: Any
     runner: TaskRunner
+    modes: list[bool]
+
+    def same(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether all train or evaluate as they did."""
+        return _modes(modules) == self.modes
+
+
+def _modes(modules: Sequence[nn.Module]) -> list[bool]:
+    return [m.training for module in modules for m in module.modules()]
 
 
 def _can_be_graphed(request: Request) -> bool:
@@ -135,6 +152,7 @@ def _key(request: Request) -> Any:
 def _settings(device_type: str) -> tuple[Any, ...]:
     """What is set for all of torch that decides which kernels run."""
     return (
+        torch.get_default_dtype(),
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(device_type),
         torch.get_autocast_dtype(device_type),

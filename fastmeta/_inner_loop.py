@@ -211,7 +211,8 @@ class TaskRunner:
             return self.engine.loss(
                 ready, weights.model, values, rates, supports, queries, steps, first_order, backward
             )
-        # Where it is not known, the mask is on the device, and nobody may ever look at it.
+        if not isinstance(self.loss, NamedLoss):
+            queries.padded()  # it has to know anyway; else the mask may be seen by the device alone
         mask = None if queries.known is False else valid_rows(queries.y)
         rows = Queries(queries.x, mask, queries.known, queries.look)
         out = self.forward(weights, rates, supports, rows, steps, first_order)
@@ -441,7 +442,8 @@ class _Job:
         return torch.stack(results)
 
     def _one(self, lent: LentModel, task: int) -> Any:
-        theta = self.weights.theta
+        # Aliases: hooks of the parameters are for the gradients of the outer loop.
+        theta = [t.view_as(t) for t in self.weights.theta]
         if self.supports is not None and self.rates is not None:
             x, y = self.supports.rows(task)
             loss = task_loss(self.runner.loss, self.supports, trimmed=True)

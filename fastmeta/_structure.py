@@ -39,12 +39,16 @@ class Structure:
     ``requires_grad``, dtypes, shapes. It does not see globals, closures, slots and numbers in
     arrays.
 
+    Args:
+        model: The module.
+        others: Objects whose options matter as well.
+
     Attributes:
         slots: Where each parameter is held.
         buffers: Where each buffer is held.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *others: Any) -> None:
         self.slots: Slots = find_slots(model)
         self.buffers: dict[str, tuple[dict[str, Any], str]] = {}
         self._watched: list[tuple[Any, Any]] = []
@@ -62,6 +66,8 @@ class Structure:
                 module._backward_hooks,
                 module._backward_pre_hooks,
             ]
+        for other in others:
+            self._meet(other, 0)
         self._hooked = [len(h) for h in self._hooks] if any(self._hooks) else None
         self._tensors = [slot for places in self.slots.values() for slot in places]
         self._tensors += self.buffers.values()

@@ -167,6 +167,8 @@ class MAML(nn.Module):
         torch.Size([8, 4])
     """
 
+    _graphs: GraphedSteps | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -234,7 +236,8 @@ class MAML(nn.Module):
         lead = (self.steps,) if lr_per_step else ()
         self.rates = make_rates(model, self._adapt, self.lr, learn_lr, lead)
         self._names: list[str] = []
-        self._graphs = GraphedSteps() if cuda_graph else None
+        if cuda_graph:
+            self._graphs = GraphedSteps()
 
     def forward(
         self,

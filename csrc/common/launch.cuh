@@ -40,17 +40,20 @@ inline void check(const char* what, cudaError_t status) {
 }
 #endif
 
-// Whether the current device multiplies bfloat16 and TF32 on tensor cores: sm_80 and later.
-inline bool has_tensor_cores() {
+// The major compute capability of the current device.
+inline int capability() {
 #if defined(CUEMU)
-  return ::cuemu::options().tensor_cores;
+  return ::cuemu::options().tensor_cores ? 8 : 7;
 #else
   int device = 0, major = 0;
   check("device", cudaGetDevice(&device));
   check("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 8;
+  return major;
 #endif
 }
+
+// Whether the current device multiplies bfloat16 and TF32 on tensor cores.
+inline bool has_tensor_cores() { return capability() >= 8; }
 
 // Of the current device.
 inline int multiprocessors() {

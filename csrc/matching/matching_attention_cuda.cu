@@ -10,19 +10,20 @@ namespace {
 constexpr int64_t kLeastTiles = 4;
 
 // Blocks of the forward that fill the device.
-int64_t forward_blocks(const Problem& p) {
+int64_t enough_forward_blocks(const Problem& p) {
   int64_t blocks = 0;
   dispatch(p.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
-    dispatch_tensor_product<scalar_t>(
-        p, [&](auto product) { blocks = kForwardBlocks<decltype(product), acc_t<scalar_t>>; });
+    dispatch_tensor_product<scalar_t>(p, [&](auto product) {
+      blocks = forward_blocks<decltype(product), acc_t<scalar_t>, false>(capability() < 10);
+    });
   });
   return blocks * multiprocessors();
 }
 
 Splits forward_splits(const Problem& p) {
   return splits_of(p.num_tasks * row_blocks(p.num_queries), p.num_supports, kLeastTiles,
-                   forward_blocks(p));
+                   enough_forward_blocks(p));
 }
 
 // Scratch, in this order and the accumulation type; made without memory it is only counted.
@@ -133,7 +134,9 @@ void run_forward(const Forward& args, const Sorted& sorted, void* workspace, voi
   params.scores = static_cast<acc*>(args.scores);
   dispatch_tensor_product<scalar_t>(p, [&](auto product) {
     using Product = decltype(product);
-    launch("matching_attention", forward_kernel<scalar_t, Product>,
+    const auto kernel = params.scores == nullptr ? forward_kernel<scalar_t, Product, false>
+                                                 : forward_kernel<scalar_t, Product, true>;
+    launch("matching_attention", kernel,
            geometry(p.num_tasks * params.query_blocks * params.splits, kThreads,
                     sizeof(ForwardShared<Product, acc>)),
            stream, params);

@@ -28,11 +28,19 @@
 
 namespace fastmeta::matching::cuda {
 
-// Blocks of the forward a multiprocessor, by registers: a third one, where nothing has to spill for
-// it, works while others wait for shared memory.
-template <class Product, class acc>
-inline constexpr int kForwardBlocks =
-    std::is_same_v<acc, double> ? 1 : (std::is_same_v<Product, DotProduct> ? 3 : 2);
+// Blocks of the forward a multiprocessor, by registers: a third one works while others wait for
+// shared memory, where nothing has to spill for it, which from sm_100 on something would. To keep
+// scores takes registers too, and is for tasks too small to fill the device.
+template <class Product, class acc, bool kKeepsScores>
+constexpr int forward_blocks(bool before_sm100) {
+  if (std::is_same_v<acc, double>) return 1;
+  return std::is_same_v<Product, DotProduct> && !kKeepsScores && before_sm100 ? 3 : 2;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr bool kBeforeSm100 = false;
+#else
+inline constexpr bool kBeforeSm100 = true;
+#endif
 
 template <class Product, class acc>
 struct ForwardShared {
@@ -91,11 +99,12 @@ struct ForwardParams {
   SplitSums<acc>* partial;     // [T * Q, splits], nullptr where supports are not split
   acc* out;
   acc* lse;
-  acc* scores;  // [T, Q, S]: sums over the features, for the backward; nullptr: not kept
+  acc* scores;  // kept for the backward: [T, Q, S] sums over the features
 };
 
-template <class scalar_t, class Product>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar_t>>)
+template <class scalar_t, class Product, bool kKeepsScores>
+__global__ void __launch_bounds__(
+    kThreads, (forward_blocks<Product, acc_t<scalar_t>, kKeepsScores>(kBeforeSm100)))
     forward_kernel(const __grid_constant__ ForwardParams<scalar_t> params) {
   using acc = acc_t<scalar_t>;
   constexpr int kParts = kThreads / kTile;  // threads of a query when its scores are folded
@@ -158,11 +167,6 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
         shared->class_end[thread] = is_valid ? class_start[cls + 1] : position + 1;
       }
       __syncthreads();
-      const auto keep = [&](int i, int column, acc value) {
-        const int64_t query = shared->query.row[i], support = shared->support.row[column];
-        if (query < 0 || support < 0) return;
-        params.scores[query * p.num_supports + support - task * p.num_supports] = value;
-      };
       acc sum[4][4];
       if constexpr (Product::kTensor) {
         tensor_product(shared->stage, p.query, shared->query, p.support, shared->support, p.dim,
@@ -173,7 +177,6 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
           for (int e = 0; e < 4; ++e) {
             const int i = tensor_row(e), column = tensor_column(kTensorTiles, j, e);
             shared->score[i][column] = scale * sum[j][e];
-            if (params.scores != nullptr) keep(i, column, sum[j][e]);
           }
         }
       } else {
@@ -185,9 +188,26 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Product, acc_t<scalar
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             score.v[c] = scale * similarity_of(p.similarity, sum[r][c]);
-            if (params.scores != nullptr) keep(ty * 4 + r, tx * 4 + c, sum[r][c]);
           }
           *reinterpret_cast<Pack<acc>*>(&shared->score[ty * 4 + r][tx * 4]) = score;
+        }
+      }
+      if constexpr (kKeepsScores) {
+        const auto keep = [&](int i, int column, acc value) {
+          const int64_t query = shared->query.row[i], support = shared->support.row[column];
+          if (query < 0 || support < 0) return;
+          params.scores[query * p.num_supports + support - task * p.num_supports] = value;
+        };
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            if constexpr (Product::kTensor) {
+              keep(tensor_row(c), tensor_column(kTensorTiles, r, c), sum[r][c]);
+            } else {
+              keep(ty * 4 + r, tx * 4 + c, sum[r][c]);
+            }
+          }
         }
       }
       __syncthreads();

@@ -197,8 +197,8 @@ LIBRARY.impl(
 
 
 # ``keep_scores`` asks the forward for what spares the backward its first product: the similarities
-# of few-shot tasks. They are the kernel's own business: empty where it keeps none (larger tasks, the
-# reference, traced programs), and read by no one but the backward.
+# of few-shot tasks. They are the kernel's own business: empty where it keeps none (larger tasks,
+# the reference, traced programs), and read by no one but the backward.
 
 
 def _fake(
