@@ -46,6 +46,7 @@ def _may_round(tensor: Tensor) -> bool:
         tensor.is_cuda
         and tensor.dtype == torch.float32
         and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        and torch.cuda.get_device_capability(tensor.device)[0] >= 8
     )
 
 

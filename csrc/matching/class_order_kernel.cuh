@@ -6,7 +6,7 @@
 //
 // - bytes: 8 * (2 * S + C) a task; comparisons: S * S a task, at most 2^18
 // - bound: by latency. A launch stands where a dozen would for torch's sort and search, which take
-//   the tasks of more than kOrderRows supports
+//   the tasks of more than kOrderRows supports or kOrderClasses classes
 // - banks: all threads read one number at a time, or 8-byte neighbours
 #pragma once
 #include "common/device.cuh"
@@ -15,6 +15,7 @@ namespace fastmeta::matching::cuda {
 
 inline constexpr int kOrderRows = 512;  // supports of a task, at most
 inline constexpr int kOrderThreads = 128;
+inline constexpr int64_t kOrderClasses = 64 * kOrderThreads;  // at most: a block writes them all
 
 struct ClassOrderShared {
   int64_t key[kOrderRows];     // class, then place

@@ -15,7 +15,7 @@ int64_t enough_forward_blocks(const Problem& p) {
   dispatch(p.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
     dispatch_tensor_product<scalar_t>(p, [&](auto product) {
-      blocks = forward_blocks<decltype(product), acc_t<scalar_t>, false>(capability() < 10);
+      blocks = forward_blocks<decltype(product), acc_t<scalar_t>, false>(capability());
     });
   });
   return blocks * multiprocessors();
@@ -187,7 +187,7 @@ void run_backward(Product product, const Backward& args, const Sorted& sorted, v
   };
   const BackwardParams<scalar_t> queries = side_of(true), supports = side_of(false);
 
-  launch_grad_sum(p, sorted, params.grad, scratch.grad_sum, stream);
+  launch_grad_sum(p, params.grad, params.out, scratch.grad_sum, stream);
   launch("matching_attention_backward", backward_kernel<scalar_t, Product>,
          {queries.blocks + supports.blocks, kThreads,
           sizeof(BackwardShared<Product, acc>) +
@@ -222,7 +222,9 @@ int64_t scores_size(const Problem& problem) {
   return small ? problem.num_queries * problem.num_supports : 0;
 }
 
-bool sorts_by_class(const Problem& problem) { return problem.num_supports <= kOrderRows; }
+bool sorts_by_class(const Problem& problem) {
+  return problem.num_supports <= kOrderRows && problem.num_classes <= kOrderClasses;
+}
 
 void sort_by_class(const Problem& problem, int64_t* order, int64_t* class_start, void* stream) {
   launch("matching_attention: class order", class_order_kernel,

@@ -28,18 +28,19 @@
 
 namespace fastmeta::matching::cuda {
 
-// Blocks of the forward a multiprocessor, by registers: a third one works while others wait for
-// shared memory, where nothing has to spill for it, which from sm_100 on something would. To keep
-// scores takes registers too, and is for tasks too small to fill the device.
+// Blocks of the forward a multiprocessor: a third one works while others wait for shared memory.
+// sm_75 has no shared memory for it; from sm_100 on, and to keep scores (of tasks too small to fill
+// the device), something would have to spill.
 template <class Product, class acc, bool kKeepsScores>
-constexpr int forward_blocks(bool before_sm100) {
+constexpr int forward_blocks(int capability) {
   if (std::is_same_v<acc, double>) return 1;
-  return std::is_same_v<Product, DotProduct> && !kKeepsScores && before_sm100 ? 3 : 2;
+  const bool third = capability >= 8 && capability < 10 && !kKeepsScores;
+  return std::is_same_v<Product, DotProduct> && third ? 3 : 2;
 }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-inline constexpr bool kBeforeSm100 = false;
+#if defined(__CUDA_ARCH__)
+inline constexpr int kCapability = __CUDA_ARCH__ / 100;
 #else
-inline constexpr bool kBeforeSm100 = true;
+inline constexpr int kCapability = 8;
 #endif
 
 template <class Product, class acc>
@@ -104,7 +105,7 @@ struct ForwardParams {
 
 template <class scalar_t, class Product, bool kKeepsScores>
 __global__ void __launch_bounds__(
-    kThreads, (forward_blocks<Product, acc_t<scalar_t>, kKeepsScores>(kBeforeSm100)))
+    kThreads, (forward_blocks<Product, acc_t<scalar_t>, kKeepsScores>(kCapability)))
     forward_kernel(const __grid_constant__ ForwardParams<scalar_t> params) {
   using acc = acc_t<scalar_t>;
   constexpr int kParts = kThreads / kTile;  // threads of a query when its scores are folded

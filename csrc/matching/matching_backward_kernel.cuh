@@ -37,20 +37,19 @@
 
 namespace fastmeta::matching::cuda {
 
-// grad_sum[t, q] = sum of grad over the classes that have support: a warp a query.
+// grad_sum[t, q] = sum of grad over the classes that have a probability: a warp a query.
 template <class acc>
 __global__ void __launch_bounds__(kThreads)
-    grad_sum_kernel(const acc* __restrict__ grad, const int64_t* __restrict__ class_start,
-                    int64_t num_tasks, int64_t num_queries, int64_t num_classes,
-                    acc* __restrict__ grad_sum) {
+    grad_sum_kernel(const acc* __restrict__ grad, const acc* __restrict__ log_p, int64_t num_rows,
+                    int64_t num_classes, acc* __restrict__ grad_sum) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarpSize);
   int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
-  for (; row < num_tasks * num_queries; row += warps) {
-    const int64_t* start = class_start + divide(row, num_queries) * (num_classes + 1);
+  for (; row < num_rows; row += warps) {
     acc sum = 0;
     for (int64_t c = lane; c < num_classes; c += kWarpSize) {
-      if (start[c] < start[c + 1]) sum += grad[row * num_classes + c];
+      const int64_t at = row * num_classes + c;
+      if (log_p[at] != -infinity<acc>()) sum += grad[at];
     }
     sum = lane_sum(sum);
     if (lane == 0) grad_sum[row] = sum;

@@ -100,7 +100,7 @@ void run(const DoubleBackward& args, const Sorted& sorted, void* workspace, void
   const Problem& p = args.problem;
   const SecondScratch<scalar_t> scratch(p, workspace);
   SecondParams<scalar_t> params = second_params(args, sorted, scratch, stream);
-  launch_grad_sum(p, sorted, params.grad, scratch.grad_sum, stream);
+  launch_grad_sum(p, params.grad, params.out, scratch.grad_sum, stream);
   dispatch_product(p, [&](auto product) {
     using Product = decltype(product);
     params.row_blocks = row_blocks(p.num_queries);

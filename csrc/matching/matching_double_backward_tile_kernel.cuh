@@ -223,6 +223,9 @@ __device__ __forceinline__ void second_product(const SecondParams<scalar_t>& par
     }
     __syncthreads();
     if (k0 + kDepth < p.dim) fetch(k0 + kDepth);
+    // In tile_product's order.
+    constexpr bool kChunks = Product::kSumsChunks && sizeof(scalar_t) > 2;
+    acc chunk[4][kColumns] = {};
 #pragma unroll Second < Product> ::kUnroll
     for (int f = 0; f < kDepth; ++f) {
       const Pack<acc> a = *reinterpret_cast<const Pack<acc>*>(&stage.own[f][ty * 4]);
@@ -235,9 +238,16 @@ __device__ __forceinline__ void second_product(const SecondParams<scalar_t>& par
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          Second<Product>::add(sum[r][c], tangent[r][c], a.v[r], b.v[c], a_dot.v[r], b_dot.v[c],
-                               weight, weight_dot);
+          Second<Product>::add(kChunks ? chunk[r][c] : sum[r][c], tangent[r][c], a.v[r], b.v[c],
+                               a_dot.v[r], b_dot.v[c], weight, weight_dot);
         }
+      }
+    }
+    if constexpr (kChunks) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) sum[r][c] += chunk[r][c];
       }
     }
   }

@@ -53,14 +53,14 @@ ProblemParams<scalar_t> prepare(const Problem& p, const Sorted& sorted,
   return params;
 }
 
-// sum[t, q] of grad over the classes with support, for attention.
+// sum[t, q] of grad over the classes that have a probability, for attention.
 template <class acc>
-void launch_grad_sum(const Problem& p, const Sorted& sorted, const acc* grad, acc* sum,
-                     void* stream) {
+void launch_grad_sum(const Problem& p, const acc* grad, const acc* log_p, acc* sum, void* stream) {
   if (p.targets != nullptr) return;
+  const int64_t rows = p.num_tasks * p.num_queries;
   launch("matching_attention: sums of grad", grad_sum_kernel<acc>,
-         geometry(ceil_div(p.num_tasks * p.num_queries, kRowsPerBlock), kThreads), stream, grad,
-         sorted.class_start, p.num_tasks, p.num_queries, p.num_classes, sum);
+         geometry(ceil_div(rows, kRowsPerBlock), kThreads), stream, grad, log_p, rows,
+         p.num_classes, sum);
 }
 
 // sum[t, 0..width) of the partial sums of the task's blocks.

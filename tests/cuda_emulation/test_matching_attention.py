@@ -373,9 +373,11 @@ def test_class_order_is_that_of_a_stable_sort(emulation, shape, classes):
         assert torch.equal(start.read(), starts)
 
 
-def test_tasks_of_many_supports_are_left_to_torch(emulation):
+def test_tasks_of_many_supports_or_classes_are_left_to_torch(emulation):
     problem = emulation.module.MatchingProblem()
-    problem.dtype, problem.similarity, problem.S = "float32", "dot", 513
+    problem.dtype, problem.similarity, problem.S, problem.C = "float32", "dot", 513, 5
+    assert not emulation.module.matching_class_order(problem)
+    problem.S, problem.C = 5, 10**6
     assert not emulation.module.matching_class_order(problem)
 
 

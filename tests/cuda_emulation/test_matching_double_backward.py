@@ -206,3 +206,14 @@ def test_scores_from_tensor_cores_are_close_enough(emulation, similarity, nll):
         size = value.abs().max().item()
         difference = (rounded[name] - value).abs().max().item()
         assert 0 < difference < 2**-6 * size, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scores_have_the_bits_of_the_forward(emulation, dtype):
+    """A class of one support gives it a share of 1, however far its query is."""
+    case = Case(1, 4, 5, 5, 512, "sqeuclidean", DTYPES[dtype])
+    case.query = case.query + 10
+    dots = case.directions()
+    truth = case.define_second(torch.float64, False, dots)["grad"]
+    got = case.run_second(emulation, nll=False, dots=dots)["grad"]
+    assert (got - truth).abs().max() < 1e-5 * truth.abs().max()
