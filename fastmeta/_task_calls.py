@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmeta import _native
 from fastmeta.ops._task_norm import norm
-from fastmeta.ops.task_layers import _conv, _conv_size
+from fastmeta.ops.task_layers import _conv, _conv_size, allow_tf32_conv
 
 __all__ = ["batch_norm", "conv2d"]
 
@@ -41,11 +41,11 @@ def _takes(mapped: Tensor, *others: Tensor | None) -> bool:
 
 
 def _may_round(tensor: Tensor) -> bool:
-    """Whether torch lets a convolution of it round to TF32."""
-    return bool(
+    """Whether a convolution of it by torch may round to TF32."""
+    return (
         tensor.is_cuda
         and tensor.dtype == torch.float32
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        and allow_tf32_conv()
         and torch.cuda.get_device_capability(tensor.device)[0] >= 8
     )
 

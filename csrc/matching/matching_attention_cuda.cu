@@ -26,7 +26,7 @@ Splits forward_splits(const Problem& p) {
                    enough_forward_blocks(p));
 }
 
-// Scratch, in this order and the accumulation type; made without memory it is only counted.
+// The parts of the forward's workspace.
 template <class acc>
 struct ForwardScratch {
   acc *query_factor, *support_factor;  // cosine
@@ -34,23 +34,18 @@ struct ForwardScratch {
   int64_t bytes;
 
   ForwardScratch(const Problem& p, void* memory) {
-    char* const start = static_cast<char*>(memory);
-    int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      char* const part = start == nullptr ? nullptr : start + used;
-      used += size;
-      return part;
-    };
-    const bool scales = p.similarity == Similarity::kCosine;
-    const int64_t size = sizeof(acc), queries = p.num_tasks * p.num_queries;
-    query_factor = reinterpret_cast<acc*>(take(scales ? queries * size : 0));
-    support_factor = reinterpret_cast<acc*>(take(scales ? p.num_tasks * p.num_supports * size : 0));
+    Parts<acc> parts(memory);
+    const int64_t queries = p.num_tasks * p.num_queries, supports = p.num_tasks * p.num_supports;
+    query_factor = parts.take(p.similarity == Similarity::kCosine, queries);
+    support_factor = parts.take(p.similarity == Similarity::kCosine, supports);
     const int64_t splits = forward_splits(p).count;
-    const auto sums = static_cast<int64_t>(sizeof(SplitSums<acc>));
-    char* const shared = take(splits > 1 ? queries * splits * sums : 0);
-    partial = splits > 1 ? reinterpret_cast<SplitSums<acc>*>(shared) : nullptr;
-    bytes = used;
+    acc* const sums = parts.take(splits > 1, queries * splits * kSumsElements);
+    partial = splits > 1 ? reinterpret_cast<SplitSums<acc>*>(sums) : nullptr;
+    bytes = parts.bytes();
   }
+
+ private:
+  static constexpr int64_t kSumsElements = sizeof(SplitSums<acc>) / sizeof(acc);
 };
 
 // How the blocks of a side share the work: the rows they own, the features, and the rows of the
@@ -92,27 +87,22 @@ struct BackwardScratch {
 
   template <class Product>
   BackwardScratch(Product, const Problem& p, void* memory) {
-    int64_t used = 0;
-    const auto take = [&](bool needed, int64_t elements) {
-      acc* const part = memory == nullptr ? nullptr : static_cast<acc*>(memory) + used;
-      used += needed ? elements : 0;
-      return part;
-    };
+    Parts<acc> parts(memory);
     const SidePlan<Product, acc> sides[2] = {{p, false}, {p, true}};
     for (int side = 0; side < 2; ++side) {
-      partial[side] = take(true, sides[side].partial_rows(p, side == 1) * p.dim);
+      partial[side] = parts.take(true, sides[side].partial_rows(p, side == 1) * p.dim);
     }
     for (int side = 0; side < 2; ++side) {
-      partial_sum[side] = take(true, sides[side].partial_rows(p, side == 1));
+      partial_sum[side] = parts.take(true, sides[side].partial_rows(p, side == 1));
     }
     const int64_t queries = p.num_tasks * p.num_queries, supports = p.num_tasks * p.num_supports;
     const int64_t blocks = p.num_tasks * sides[1].row_blocks * sides[1].splits.count;
-    query_factor = take(p.similarity == Similarity::kCosine, queries);
-    support_factor = take(p.similarity == Similarity::kCosine, supports);
-    grad_sum = take(p.targets == nullptr, queries);
-    scale_partial = take(true, blocks);
-    weight_partial = take(p.similarity == Similarity::kAdditive, blocks * p.dim);
-    bytes = used * static_cast<int64_t>(sizeof(acc));
+    query_factor = parts.take(p.similarity == Similarity::kCosine, queries);
+    support_factor = parts.take(p.similarity == Similarity::kCosine, supports);
+    grad_sum = parts.take(p.targets == nullptr, queries);
+    scale_partial = parts.take(true, blocks);
+    weight_partial = parts.take(p.similarity == Similarity::kAdditive, blocks * p.dim);
+    bytes = parts.bytes();
   }
 };
 
@@ -212,14 +202,16 @@ void run_backward(Product product, const Backward& args, const Sorted& sorted, v
 }  // namespace
 
 int64_t scores_size(const Problem& problem) {
-  const int64_t scalar_bytes = problem.dtype == DType::kFloat64   ? 8
-                               : problem.dtype == DType::kFloat32 ? 4
-                                                                  : 2;
-  const int64_t bytes =
-      problem.num_queries * problem.num_supports * std::max<int64_t>(4, scalar_bytes);
-  const int64_t rows = problem.num_queries + problem.num_supports;
-  const bool small = 2 * bytes <= rows * problem.dim * scalar_bytes;
-  return small ? problem.num_queries * problem.num_supports : 0;
+  const int64_t pairs = problem.num_queries * problem.num_supports;
+  const int64_t elements = (problem.num_queries + problem.num_supports) * problem.dim;
+  bool small = false;  // at most half of the memory of query and support
+  dispatch(problem.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    const auto scalar_bytes = static_cast<int64_t>(sizeof(scalar_t));
+    const auto acc_bytes = static_cast<int64_t>(sizeof(acc_t<scalar_t>));
+    small = 2 * pairs * acc_bytes <= elements * scalar_bytes;
+  });
+  return small ? pairs : 0;
 }
 
 bool sorts_by_class(const Problem& problem) {

@@ -7,9 +7,8 @@
 // memory; then the other side's rows are streamed again, kDepth at a time, into 64 x kSlice
 // gradients that live in registers.
 //
-// - kept sums: the forward of few-shot tasks leaves its sums over the features (4 * Q * S bytes),
-// and
-//   the first product falls away
+// - kept sums: the forward of few-shot tasks leaves its sums over the features, 4 * Q * S bytes,
+//   and the first product falls away
 // - splits: where rows of a side are too few for the device and the other side is long, blocks
 //   share the rows that they stream, and leave sums that merge_gradients_kernel puts together in
 //   their order: D + 1 numbers a row and split. Sizes and device alone say how many

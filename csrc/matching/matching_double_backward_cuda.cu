@@ -17,28 +17,23 @@ struct SecondScratch {
   int64_t bytes;
 
   SecondScratch(const Problem& p, void* memory) {
-    int64_t used = 0;
-    const auto take = [&](bool needed, int64_t elements) {
-      acc* part = memory == nullptr ? nullptr : static_cast<acc*>(memory) + used;
-      used += needed ? elements : 0;
-      return part;
-    };
+    Parts<acc> parts(memory);
     const int64_t queries = p.num_tasks * p.num_queries, supports = p.num_tasks * p.num_supports;
     const int64_t blocks = p.num_tasks * row_blocks(p.num_queries);
     const bool cosine = p.similarity == Similarity::kCosine;
     const bool waits = !std::is_same_v<scalar_t, acc> && p.dim > kTile &&
                        std::max(p.num_queries, p.num_supports) > kOthers;
-    sums = take(waits, std::max(queries, supports) * p.dim);  // first: aligned for packs
-    query_factor = take(cosine, queries);
-    support_factor = take(cosine, supports);
-    query_stretch = take(cosine, queries);
-    support_stretch = take(cosine, supports);
-    grad_sum = take(p.targets == nullptr, queries);
-    reference = take(true, queries);
-    move = take(true, queries);
-    scale_partial = take(true, blocks);
-    weight_partial = take(p.similarity == Similarity::kAdditive, blocks * p.dim);
-    bytes = used * static_cast<int64_t>(sizeof(acc));
+    sums = parts.take(waits, std::max(queries, supports) * p.dim);  // first: aligned for packs
+    query_factor = parts.take(cosine, queries);
+    support_factor = parts.take(cosine, supports);
+    query_stretch = parts.take(cosine, queries);
+    support_stretch = parts.take(cosine, supports);
+    grad_sum = parts.take(p.targets == nullptr, queries);
+    reference = parts.take(true, queries);
+    move = parts.take(true, queries);
+    scale_partial = parts.take(true, blocks);
+    weight_partial = parts.take(p.similarity == Similarity::kAdditive, blocks * p.dim);
+    bytes = parts.bytes();
   }
 };
 

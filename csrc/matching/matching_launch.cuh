@@ -100,6 +100,23 @@ void dispatch_tensor_product(const Problem& p, Body&& body) {
   dispatch_product(p, body);
 }
 
+// Hands out parts of a workspace, one after another; without memory it only counts.
+template <class acc>
+class Parts {
+ public:
+  explicit Parts(void* memory) : memory_(static_cast<acc*>(memory)) {}
+  acc* take(bool needed, int64_t elements) {
+    acc* const part = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += needed ? elements : 0;
+    return part;
+  }
+  int64_t bytes() const { return used_ * static_cast<int64_t>(sizeof(acc)); }
+
+ private:
+  acc* memory_;
+  int64_t used_ = 0;
+};
+
 // Blocks that fill the device: two a multiprocessor.
 inline int64_t enough_blocks() { return 2 * int64_t{multiprocessors()}; }
 

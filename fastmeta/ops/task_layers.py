@@ -247,13 +247,13 @@ _linear: Op = define_op(
 )
 
 
-# What the CUDA bridge asks before it rounds float32 to TF32, as torch's own convolutions do.
+def allow_tf32_conv() -> bool:
+    """Whether torch lets convolutions of float32 round to TF32: what the CUDA bridge asks."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 LIBRARY.define("allow_tf32_conv() -> bool")
-LIBRARY.impl(
-    "allow_tf32_conv",
-    lambda: torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
-    "CompositeExplicitAutograd",
-)
+LIBRARY.impl("allow_tf32_conv", allow_tf32_conv, "CompositeExplicitAutograd")
 
 
 # ---- convolution: y = C(x, w), and its adjoints X(y, w) to the input and W(y, x) to the weights.
