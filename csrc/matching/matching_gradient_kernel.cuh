@@ -61,8 +61,8 @@ struct BackwardShared {
   QueryTerms<acc> terms;
   int64_t cls[kTile];  // of the supports, -1 for none
   acc row_sum[kTile];
-  acc centre[kTile];  // of the own queries' similarities: see centre_of
-  int last_count;
+  acc centre[kTile];                         // of the own queries' similarities: see centre_of
+  int last_count;                            // rows of the last tile
   int64_t task, own0, share, split, other0;  // of the work item: registers are short
 };
 
@@ -200,7 +200,8 @@ __device__ __forceinline__ void add_tile(const BackwardParams<scalar_t>& params,
 }
 
 // Writes `width` neighbouring features of the gradient of a row, from its sums over the other
-// side: of slopes times rows, and of dL/dz * similarity. Row -1, padding, has none: `to` stays.
+// side: of slopes times rows, and of dL/dz * similarity. to_row is its place among all tasks' rows;
+// row is the same, or -1 for padding and ignored queries, whose gradient is zero.
 template <int width, bool kOwnsQueries, bool kWeighs, class scalar_t, class acc = acc_t<scalar_t>>
 __device__ __forceinline__ void finish_gradient(const BackwardParams<scalar_t>& params,
                                                 int64_t task, int64_t row, acc factor, acc row_sum,
