@@ -83,13 +83,10 @@ static inline void indexed_tile(const IndexedGemm<T>& g, int64_t panel, int64_t 
 template <class T>
 static void gemm_indexed(const IndexedGemm<T>& g) {
   if (g.m <= 0) return;
-  const int64_t cols = g.c.cols;
   const int64_t blocks = max_of<int64_t>(1, ceil_div(g.k, g.depth_block));
-  // Tiles differ by one row at most: two rows alone would wait for their sums.
-  const int64_t tiles = ceil_div(g.m, kTileRows), least = g.m / tiles, more = g.m % tiles;
   for (int64_t d = 0; d < blocks; ++d) {
     const int64_t begin = d * g.k / blocks, end = (d + 1) * g.k / blocks;
-    for (int64_t p = 0; p * kPanel<T> < cols; ++p) {
+    for (int64_t p = 0; p < g.c.panels(); ++p) {
       const auto tile_of = [&](int64_t row, int64_t rows, auto vectors)
                                __attribute__((always_inline)) {
                                  constexpr int kV = decltype(vectors)::value;
@@ -107,17 +104,16 @@ static void gemm_indexed(const IndexedGemm<T>& g) {
                                  }
 #undef FASTMETA_TILE
                                };
-      const int64_t vectors = g.c.width(p) / kWidth<T>;
-      for (int64_t t = 0, row = 0, rows; t < tiles; ++t, row += rows) {
-        rows = least + (t < more ? 1 : 0);
-        if (vectors == 1) {
-          tile_of(row, rows, Number<1>{});
-        } else if (vectors == 2) {
-          tile_of(row, rows, Number<2>{});
-        } else if constexpr (kPanelVectors == 4) {
-          vectors == 3 ? tile_of(row, rows, Number<3>{}) : tile_of(row, rows, Number<4>{});
+      const auto tiles_of = [&](auto vectors) __attribute__((always_inline)) {
+        // Tiles differ by one row at most: two rows alone would wait for their sums.
+        const int64_t tiles = ceil_div(g.m, tile_rows(decltype(vectors)::value));
+        const int64_t least = g.m / tiles, more = g.m % tiles;
+        for (int64_t t = 0, row = 0, rows; t < tiles; ++t, row += rows) {
+          rows = least + (t < more ? 1 : 0);
+          tile_of(row, rows, vectors);
         }
-      }
+      };
+      with_vectors(g.c.width(p) / kWidth<T>, tiles_of);
     }
   }
 }

@@ -57,7 +57,12 @@ class FactoredLayer {
 
   // y = X W_0^T + b - (X X^T) A
   void forward(const T* a, const T* bias, T* y) const {
-    GemmStart<T> start{T(-1), bias, at(b_.base)};
+    const int64_t ld = node_.out.ld;
+    const T* base = at(b_.base);
+    for (int64_t i = 0; bias != nullptr && i < supports_; ++i) {
+      for (int64_t c = 0; c < ld; ++c) y[i * ld + c] = base[i * ld + c] + bias[c];
+    }
+    GemmStart<T> start{T(-1), nullptr, bias != nullptr ? y : base};
     gemm<T>(supports_, supports_, at(b_.gram), b_.gram_ld, 1, state(a), output(y, supports_),
             start);
   }

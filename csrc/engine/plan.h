@@ -252,10 +252,10 @@ void for_each_number(const Param& p, F f) {
     return;
   }
   const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  const Matrix<T> m{nullptr, rows, cols, 0};
   for (int64_t g = 0; g < p.groups; ++g) {
     for (int64_t o = 0; o < p.outputs; ++o) {
-      const int64_t first = o / kPanel<T> * kPanel<T>;  // column of the panel
-      const int64_t stride = min_of<int64_t>(kPanel<T>, cols - first);
+      const int64_t panel = m.panel_of(o), stride = m.width(panel), first = panel * kPanel<T>;
       const int64_t column = g * rows * cols + first * rows + (o - first);
       const int64_t from = (g * p.outputs + o) * p.inputs * p.taps;
       for (int64_t t = 0; t < p.taps; ++t) {
@@ -285,9 +285,10 @@ void for_each_run(const Param& p, F f) {
     return;
   }
   const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  const Matrix<T> m{nullptr, rows, cols, 0};
   for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t first = 0; first < cols; first += kPanel<T>) {
-      const int64_t width = min_of<int64_t>(kPanel<T>, cols - first);
+    for (int64_t panel = 0; panel < m.panels(); ++panel) {
+      const int64_t first = panel * kPanel<T>, width = m.width(panel);
       const int64_t count = min_of<int64_t>(width, p.outputs - first);
       const int64_t at = g * rows * cols + first * rows;
       if (count == width) {

@@ -125,12 +125,6 @@ FASTMETA_INLINE int64_t row_offset(const Plan<T>& plan, int64_t channel, int64_t
          tap % a.kernel_w * a.dilation_w;
 }
 
-template <class T>
-FASTMETA_INLINE T* vector_at(const Matrix<T>& m, int64_t row, int64_t column) {
-  const int64_t p = column / kPanel<T>;
-  return m.panel(p) + row * m.stride(p) + (column - p * kPanel<T>);
-}
-
 // out [channels * taps, columns.padded] = patches; zero past the last column.
 template <class T>
 void gather_patches(const Plan<T>& plan, const T* image, int64_t channels,
@@ -140,7 +134,7 @@ void gather_patches(const Plan<T>& plan, const T* image, int64_t channels,
     for (int64_t tap = 0; tap < plan.taps; ++tap, ++r) {
       const T* from = image + row_offset(plan, c, tap);
       for (int64_t j = 0; j < columns.padded; j += kW) {
-        T* to = vector_at(out, r, j);
+        T* to = out.at(r, j);
         const int64_t* offset = columns.offset + j;
         if (columns.run[j / kW]) {
           store(to, load(from + offset[0]));
@@ -164,7 +158,7 @@ void scatter_patches(const Plan<T>& plan, const Matrix<T>& patches, int64_t chan
     for (int64_t tap = 0; tap < plan.taps; ++tap, ++r) {
       T* to = image + row_offset(plan, c, tap);
       for (int64_t j = 0; j < columns.padded; j += kW) {
-        const T* from = vector_at(patches, r, j);
+        const T* from = patches.at(r, j);
         const int64_t* offset = columns.offset + j;
         if (columns.run[j / kW]) {
           store(to + offset[0], load(to + offset[0]) + load(from));
@@ -302,8 +296,8 @@ void weight_job(const Plan<T>& plan, int64_t job) {
                      Matrix<T>{patches, inner, columns.padded, kColumns});
       const Matrix<T> b{transposed, columns.count, outputs, 0};
       for (int64_t o = 0; o < outputs; ++o) {
-        const int64_t p = o / kPanel<T>, stride = b.stride(p);
-        T* to = b.panel(p) + (o - p * kPanel<T>);
+        const int64_t stride = b.stride(b.panel_of(o));
+        T* to = b.at(0, o);
         const T* from = g + o * plan.positions;
         if (o < plan.group_outputs) {
           for (int64_t i = 0; i < columns.count; ++i) to[i * stride] = from[columns.position[i]];
@@ -319,8 +313,8 @@ void weight_job(const Plan<T>& plan, int64_t job) {
   T* out = static_cast<T*>(a.out) +
            ((task * a.groups + group) * plan.group_outputs * plan.group_channels + c0) * plan.taps;
   for (int64_t o = 0; o < plan.group_outputs; ++o) {
-    const int64_t p = o / kPanel<T>, stride = c.stride(p);
-    const T* from = c.panel(p) + (o - p * kPanel<T>);
+    const int64_t stride = c.stride(c.panel_of(o));
+    const T* from = c.at(0, o);
     T* to = out + o * plan.inner;
     for (int64_t r = 0; r < inner; ++r) to[r] = from[r * stride];
   }

@@ -43,8 +43,8 @@ template <class T>
 void lay_out(const T* weight, int64_t row, int64_t column, int64_t n, const Matrix<T>& panels) {
   constexpr int kW = kWidth<T>;
   for (int64_t o = 0; o < panels.cols; o += kW) {
-    const int64_t p = o / kPanel<T>, stride = panels.stride(p);
-    T* to = panels.panel(p) + (o - p * kPanel<T>);
+    const int64_t stride = panels.stride(panels.panel_of(o));
+    T* to = panels.at(0, o);
     const T* from = weight + o * row;
     const int64_t lanes = min_of<int64_t>(kW, n - o);
     int64_t i = 0;

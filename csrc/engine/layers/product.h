@@ -55,47 +55,49 @@ static Weights<T> weights_of(const Dims<T>& d, const T* w, T* scratch) {
   return both;
 }
 
-// out[positions, inputs] = (out +) gy W^T, rows of input_cols numbers.
+// What goes into an input's gradient: gy W^T.
 template <class T>
-static void times_transpose(const Dims<T>& d, const T* gy, const Weights<T>& w, T* out, bool add) {
-  if (w.transposed.data == nullptr) {
-    gemm_transposed_few<T>(d.positions, gy, d.ldy, w.plain, out, d.input_cols, T(1), add);
+struct InputTerm {
+  const T* gy;
+  const Weights<T>& w;
+};
+
+// out[positions, inputs] = (out +) the sum of the terms, rows of input_cols numbers.
+template <class T, int kTerms>
+static void to_input(const Dims<T>& d, const InputTerm<T> (&from)[kTerms], T* out, bool add) {
+  if (from[0].w.transposed.data == nullptr) {
+    for (const InputTerm<T>& t : from) {
+      gemm_transposed_few<T>(d.positions, t.gy, d.ldy, t.w.plain, out, d.input_cols, T(1), add);
+      add = true;
+    }
     return;
   }
-  GemmStart<T> start;
-  if (add) start.from = out;
-  gemm<T>(d.positions, d.outputs, gy, d.ldy, 1, w.transposed,
-          {out, d.positions, d.input_cols, d.input_cols}, start);
-}
-
-// gw[inputs, outputs] += x^T gy
-template <class T>
-static void add_weight_gradient(const Dims<T>& d, const T* x, const T* gy, T* gw) {
-  GemmStart<T> start;
-  start.from = gw;
-  gemm<T>(d.inputs, d.positions, x, 1, d.ldx, {gy, d.positions, d.ldy, d.ldy},
-          {gw, d.inputs, d.ldy, 0}, start);
+  GemmTerm<T> terms[kTerms];
+  for (int t = 0; t < kTerms; ++t) {
+    terms[t] = {from[t].gy, d.ldy, 1, d.outputs, from[t].w.transposed};
+  }
+  gemm<T>(d.positions, terms, {out, d.positions, d.input_cols, d.input_cols},
+          {T(1), nullptr, add ? out : nullptr});
 }
 
 // y = x w + b; and where dy is wanted, dy = dx w + x dw + db.
 template <class T>
 static void forward_both(const LayerCall<T>& call, bool dual) {
   const Dims<T> d(*call.node, call.rows);
-  const auto product = [&](const T* x, const T* w, const GemmStart<T>& start, T* y) {
-    gemm<T>(d.positions, w == nullptr ? 0 : d.inputs, x, d.ldx, 1, {w, d.inputs, d.ldy, 0},
-            {y, d.positions, d.ldy, d.ldy}, start);
+  const Matrix<T> y{call.y, d.positions, d.ldy, d.ldy}, dy{call.dy, d.positions, d.ldy, d.ldy};
+  const auto term = [&](const T* x, const T* w) {
+    return GemmTerm<T>{x, d.ldx, 1, w == nullptr ? 0 : d.inputs, {w, d.inputs, d.ldy, 0}};
   };
-  GemmStart<T> start;
-  start.bias = call.b;
-  if (!call.known) product(call.x, call.w, start, call.y);
+  if (!call.known) gemm<T, 1>(d.positions, {term(call.x, call.w)}, y, {T(1), call.b, nullptr});
   if (!dual) return;
-  start.bias = call.db;
-  if (call.dx != nullptr) {
-    product(call.dx, call.w, start, call.dy);
-    if (call.dw == nullptr) return;
-    start = {T(1), nullptr, call.dy};
+  const GemmStart<T> start{T(1), call.db, nullptr};
+  if (call.dx == nullptr) {
+    gemm<T, 1>(d.positions, {term(call.x, call.dw)}, dy, start);
+  } else if (call.dw == nullptr) {
+    gemm<T, 1>(d.positions, {term(call.dx, call.w)}, dy, start);
+  } else {
+    gemm<T, 2>(d.positions, {term(call.dx, call.w), term(call.x, call.dw)}, dy, start);
   }
-  product(call.x, call.dw, start, call.dy);
 }
 
 template <class T>
@@ -104,10 +106,17 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
   const bool wants_dgx = dual && call.dgx != nullptr, turns = wants_dgx && call.dw != nullptr;
   if (call.gb != nullptr) add_column_sums(d.positions, call.gy, d.ldy, d.ldy, call.gb);
   if (dual && call.dgb != nullptr) add_column_sums(d.positions, call.dgy, d.ldy, d.ldy, call.dgb);
-  if (call.gw != nullptr) add_weight_gradient(d, call.x, call.gy, call.gw);
+  // What goes into a weight's gradient [inputs, outputs]: x^T gy.
+  const auto term = [&](const T* x, const T* gy) {
+    return GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
+  };
+  const auto add_to = [&](T* gw, const auto&... terms) {
+    gemm<T, sizeof...(terms)>(d.inputs, {terms...}, {gw, d.inputs, d.ldy, 0}, {T(1), nullptr, gw});
+  };
+  if (call.gw != nullptr) add_to(call.gw, term(call.x, call.gy));
   if (dual && call.dgw != nullptr) {
-    if (call.dx != nullptr) add_weight_gradient(d, call.dx, call.gy, call.dgw);
-    add_weight_gradient(d, call.x, call.dgy, call.dgw);
+    call.dx == nullptr ? add_to(call.dgw, term(call.x, call.dgy))
+                       : add_to(call.dgw, term(call.x, call.dgy), term(call.dx, call.gy));
   }
   if (call.gx == nullptr && !wants_dgx) return;
 
@@ -116,23 +125,19 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
   Weights<T> dw;
   if (turns) dw = weights_of(d, call.dw, pieces.take(d.outputs * d.input_cols));
   T* beside = pieces.take(d.positions * d.input_cols, !d.writes_in_place());
-  const auto to_input = [&](T* gx, auto fill) {
-    if (d.writes_in_place()) {
-      fill(gx, call.add_gx);
-      return;
-    }
-    fill(beside, false);
+  const auto give = [&](T* gx, const auto&... terms) {
+    const bool in_place = d.writes_in_place();
+    to_input<T, sizeof...(terms)>(d, {terms...}, in_place ? gx : beside, in_place && call.add_gx);
+    if (in_place) return;
     give_columns<T>(d.positions, d.inputs, beside, d.input_cols, nullptr, call.add_gx, nullptr,
                     d.ldx, gx);
   };
-  if (call.gx != nullptr) {
-    to_input(call.gx, [&](T* out, bool add) { times_transpose(d, call.gy, w, out, add); });
-  }
-  if (wants_dgx) {
-    to_input(call.dgx, [&](T* out, bool add) {
-      times_transpose(d, call.dgy, w, out, add);
-      if (turns) times_transpose(d, call.gy, dw, out, true);
-    });
+  using Term = InputTerm<T>;
+  if (call.gx != nullptr) give(call.gx, Term{call.gy, w});
+  if (turns) {
+    give(call.dgx, Term{call.dgy, w}, Term{call.gy, dw});
+  } else if (wants_dgx) {
+    give(call.dgx, Term{call.dgy, w});
   }
 }
 
