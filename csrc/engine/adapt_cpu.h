@@ -147,9 +147,8 @@ class Run {
   const T* descend(Task<T>& task, int64_t t) {
     const T* theta = common_->theta;
     for (int64_t k = 0; k < args_.steps; ++k) {
-      task.support_gradient(k, theta);
       T* next = task.trajectory() + (mode_ == Mode::kMetaStep ? k : k % 2) * plan_.fast.size;
-      task.update(k, theta, next);
+      task.descend(k, theta, next);
       theta = next;
       if (args_.trajectory != nullptr) pack(plan_.fast, theta, kept(t, k + 1));
     }
@@ -193,8 +192,7 @@ class Run {
       if (wants_.second_order) {
         task.step_back(k, theta_at(task, t, k), shared, rates);
       } else if (rates != nullptr) {
-        task.support_gradient(k, theta_at(task, t, k));
-        task.add_rate_gradient(k, rates);
+        task.rates_back(k, theta_at(task, t, k), rates);
       }
     }
     task.finish(from_prediction, weights, shared);

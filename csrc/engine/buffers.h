@@ -126,8 +126,7 @@ class Buffers {
     if (wants.backward) cotangent = take(parameters);
     if (wants.second_order) {
       direction = take(parameters);
-      product = take(parameters);
-      shared_product = take(plan.shared.size);
+      if (wants.rates) later = take(parameters);
     }
   }
 
@@ -141,8 +140,8 @@ class Buffers {
   std::vector<FactoredBuffers<T>> factored;
   int64_t scratch = -1, trajectory = -1;
   // In the engine's layout of the adapted parameters: gradient of the support loss, dL_Q / dtheta,
-  // rate * cotangent, its product with the Hessian (and the mixed one with the shared parameters).
-  int64_t gradient = -1, cotangent = -1, direction = -1, product = -1, shared_product = -1;
+  // -rate * cotangent, and the cotangent as it was before the step at hand.
+  int64_t gradient = -1, cotangent = -1, direction = -1, later = -1;
   int64_t total = 0;
 
  private:

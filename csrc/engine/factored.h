@@ -8,10 +8,10 @@
 //   y_k = X W_0^T + b_k - (X X^T) A_k,      y_Q = X_Q W_0^T + b_K - (X_Q X^T) A_K
 //
 // It is the exact linear layer in other coordinates. With a the cotangent of A, and D' = dL/dy's
-// tangent in a pass along the direction -rate * a of y,
+// tangent in a pass along the direction rate * a of y,
 //
-//   a_K = -(X_Q X^T)^T gy_Q,     a_k = a_{k+1} + (X X^T) D'_k,     rate's gradient: D_k . a_{k+1}
-//   W_0's gradient: gy_Q^T X_Q - (sum_k D'_k)^T X
+//   a_K = -(X_Q X^T)^T gy_Q,     a_k = a_{k+1} - (X X^T) D'_k,     rate's gradient: D_k . a_{k+1}
+//   W_0's gradient: gy_Q^T X_Q + (sum_k D'_k)^T X
 //
 // The engine's vectors of adapted parameters hold A where W would stand (Layout::kFactored), and
 // their gradient -D, so that steps and rates treat it as any parameter.
@@ -67,7 +67,7 @@ class FactoredLayer {
             start);
   }
 
-  // dy = -direction + db, the direction in A's place being rate * a.
+  // dy = -direction + db, the direction in A's place being -rate * a.
   void tangent(const T* direction, const T* db, T* dy) const {
     const int64_t ld = node_.out.ld;
     for (int64_t i = 0; i < supports_; ++i) {
@@ -82,17 +82,16 @@ class FactoredLayer {
     for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) g[i] = -gy[i];
   }
 
-  // What the sweep subtracts from a: -(X X^T) D'. a_k is that of this step.
+  // a's cotangent -= (X X^T) D'. A is that of this step.
   void product(const T* dgy, const T* a, T* out) const {
-    GemmStart<T> start;
-    start.alpha = T(-1);
+    const GemmStart<T> start{T(-1), nullptr, out};
     gemm<T>(supports_, supports_, at(b_.gram), b_.gram_ld, 1, state(dgy), output(out, supports_),
             start);
     T* sum = at(b_.tangents);
     for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) sum[i] += dgy[i];
     if (b_.gram_gradient >= 0) {
       gemm_transposed_few<T>(supports_, dgy, node_.out.ld, state(a), at(b_.gram_gradient),
-                             b_.gram_ld, T(1), true);
+                             b_.gram_ld, T(-1), true);
     }
   }
 
@@ -128,9 +127,9 @@ class FactoredLayer {
   // After the sweep: the supports' share of W_0's gradient and, where given, X's cotangent, added.
   void finish(const T* w, bool with_queries, T* gw, T* gx, T* scratch) const {
     const T* sum = at(b_.tangents);
-    if (gw != nullptr) add_to_weight(x_, sum, supports_, T(-1), gw);
+    if (gw != nullptr) add_to_weight(x_, sum, supports_, T(1), gw);
     if (gx == nullptr) return;
-    add_through_weight(w, sum, supports_, T(-1), gx, true, scratch);
+    add_through_weight(w, sum, supports_, T(1), gx, true, scratch);
     T* gram = at(b_.gram_gradient);
     GemmStart<T> start{T(1), nullptr, gx};
     const Matrix<T> to{gx, supports_, node_.in.ld, node_.in.ld};

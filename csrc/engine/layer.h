@@ -63,6 +63,13 @@ struct LayerCall {
   T* gb = nullptr;
   T* dgw = nullptr;
   T* dgb = nullptr;
+  // Of linear layers alone: where `from` is given, gw and gb become from + factor * gradient, a
+  // parameter after its update.
+  struct Update {
+    const T* from = nullptr;
+    T factor = T(1);
+  };
+  Update w_update, b_update;
 
   // conv2d: where its numbers lie (convolution_places.h).
   const convolution::Places<T>* places = nullptr;

@@ -57,9 +57,10 @@ FASTMETA_INLINE void over_tiles(int64_t n, int64_t ld, Body&& body) {
   }
 }
 
-// sums += the columns of gy [m, cols], rows ld apart.
+// sums = from + factor * the sums of the columns of gy [m, cols], rows ld apart.
 template <class T>
-static void add_column_sums(int64_t m, const T* gy, int64_t ld, int64_t cols, T* sums) {
+static void add_column_sums(int64_t m, const T* gy, int64_t ld, int64_t cols, const T* from,
+                            T factor, T* sums) {
   constexpr int kW = kWidth<T>;
   for (int64_t c = 0; c < cols; c += kW) {
     Vec<T> sum[4] = {};
@@ -69,8 +70,14 @@ static void add_column_sums(int64_t m, const T* gy, int64_t ld, int64_t cols, T*
       for (int r = 0; r < 4; ++r) sum[r] += load(gy + (i + r) * ld + c);
     }
     for (; i < m; ++i) sum[0] += load(gy + i * ld + c);
-    store(sums + c, load(sums + c) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    store(sums + c, load(from + c) + factor * ((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
+}
+
+// sums += the sums of the columns of gy.
+template <class T>
+static void add_column_sums(int64_t m, const T* gy, int64_t ld, int64_t cols, T* sums) {
+  add_column_sums(m, gy, ld, cols, static_cast<const T*>(sums), T(1), sums);
 }
 
 // to[i, 0..n) = (to +) from[i, 0..n) (+ bias) where columns begin at no whole vector; row i of `to`

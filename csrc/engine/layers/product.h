@@ -104,19 +104,29 @@ template <class T>
 static void backward_both(const LayerCall<T>& call, bool dual) {
   const Dims<T> d(*call.node, call.rows);
   const bool wants_dgx = dual && call.dgx != nullptr, turns = wants_dgx && call.dw != nullptr;
-  if (call.gb != nullptr) add_column_sums(d.positions, call.gy, d.ldy, d.ldy, call.gb);
+  const auto from = [](const auto& update, const T* own) {
+    return update.from != nullptr ? update.from : own;
+  };
+  if (call.gb != nullptr) {
+    add_column_sums(d.positions, call.gy, d.ldy, d.ldy, from(call.b_update, call.gb),
+                    call.b_update.factor, call.gb);
+  }
   if (dual && call.dgb != nullptr) add_column_sums(d.positions, call.dgy, d.ldy, d.ldy, call.dgb);
   // What goes into a weight's gradient [inputs, outputs]: x^T gy.
   const auto term = [&](const T* x, const T* gy) {
     return GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
   };
-  const auto add_to = [&](T* gw, const auto&... terms) {
-    gemm<T, sizeof...(terms)>(d.inputs, {terms...}, {gw, d.inputs, d.ldy, 0}, {T(1), nullptr, gw});
+  const auto add_to = [&](T* gw, const GemmStart<T>& start, const auto&... terms) {
+    gemm<T, sizeof...(terms)>(d.inputs, {terms...}, {gw, d.inputs, d.ldy, 0}, start);
   };
-  if (call.gw != nullptr) add_to(call.gw, term(call.x, call.gy));
+  if (call.gw != nullptr) {
+    const GemmStart<T> start{call.w_update.factor, nullptr, from(call.w_update, call.gw)};
+    add_to(call.gw, start, term(call.x, call.gy));
+  }
   if (dual && call.dgw != nullptr) {
-    call.dx == nullptr ? add_to(call.dgw, term(call.x, call.dgy))
-                       : add_to(call.dgw, term(call.x, call.dgy), term(call.dx, call.gy));
+    const GemmStart<T> start{T(1), nullptr, call.dgw};
+    call.dx == nullptr ? add_to(call.dgw, start, term(call.x, call.dgy))
+                       : add_to(call.dgw, start, term(call.x, call.dgy), term(call.dx, call.gy));
   }
   if (call.gx == nullptr && !wants_dgx) return;
 

@@ -1,0 +1,179 @@
+// The calls of a program's layers in one thread's memory, prepared once for all tasks and steps.
+#pragma once
+#include <vector>
+
+#include "engine/buffers.h"
+
+namespace fastmeta::engine::FASTMETA_ISA {
+
+// What all tasks of a call share, in the engine's layout.
+template <class T>
+struct Common {
+  const Adapt& args;
+  const Plan<T>& plan;
+  const Wants& wants;
+  const Buffers<T>& buffers;
+  const T* theta;    // theta_0
+  const T* weights;  // W_0 of the factored layers
+  const T* shared;   // shared parameters
+  const T* rates;    // [rate_rows, 1 or num_fast or fast.size]
+};
+
+// The place of a step: its adapted parameters, and how far its record (buffers.h) is from the
+// first one.
+template <class T>
+struct Moment {
+  const T* theta;
+  int64_t record = 0;
+  int64_t pass = 0, task = 0;
+};
+
+template <class T>
+class Calls {
+ public:
+  Calls(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {
+    for (int v = 1; v < static_cast<int>(c_.plan.shapes.size()); ++v) {
+      if (!c_.plan.live[v]) {
+        for (auto* list : {&support_, &dual_, &query_}) list->emplace_back();
+        continue;
+      }
+      const bool learns = c_.wants.second_order && !c_.plan.is_static[v];
+      support_.push_back(prepare(b_.support, v, c_.args.supports, false));
+      dual_.push_back(learns ? prepare(b_.support, v, c_.args.supports, true) : Prepared{});
+      query_.push_back(prepare(b_.query, v, c_.args.queries, false));
+    }
+  }
+
+  // Of the pass over the supports, forward and backward; the values' cotangents are set.
+  LayerCall<T> support(int v, const Moment<T>& at) const { return call(support_[v - 1], at); }
+  LayerCall<T> query(int v, const Moment<T>& at) const { return call(query_[v - 1], at); }
+
+  // Of the dual pass; known: the record has the primal values.
+  LayerCall<T> dual(int v, const Moment<T>& at, bool known) const {
+    LayerCall<T> x = call(dual_[v - 1], at);
+    x.known = known;
+    if (known) x.gx = x.gx2 = nullptr;
+    return x;
+  }
+
+  // Parameter gradients, or their tangents, in vectors of the adapted and the shared parameters.
+  void set_parameters(LayerCall<T>* x, T* fast, T* shared, bool dual) const {
+    const auto place = [&](const ParamRef& ref) -> T* {
+      if (!ref) return nullptr;
+      if (ref.adapted) return fast == nullptr ? nullptr : fast + c_.plan.param(ref).offset;
+      return shared == nullptr || !c_.wants.shared ? nullptr : shared + c_.plan.param(ref).offset;
+    };
+    (dual ? x->dgw : x->gw) = place(x->node->w);
+    (dual ? x->dgb : x->gb) = place(x->node->b);
+  }
+
+ private:
+  using Pass = typename Buffers<T>::Pass;
+
+  struct Prepared {
+    LayerCall<T> call;
+    bool moves = false, input_moves = false, input2_moves = false;  // with the record
+    int64_t w = -1, b = -1, mean = -1, var = -1;  // of the adapted parameters, in theta
+  };
+
+  T* at(int64_t place) const { return place >= 0 ? memory_ + place : nullptr; }
+
+  Prepared prepare(const Pass& p, int v, int64_t rows, bool dual) const {
+    const Node& n = c_.plan.nodes[v - 1];
+    const bool support = &p == &b_.support;
+    Prepared made;
+    LayerCall<T>& x = made.call;
+    x.node = &n;
+    x.rows = rows;
+    x.x = at(p.y[n.input]);
+    if (n.input2 >= 0) x.x2 = at(p.y[n.input2]);
+    x.y = at(p.y[v]);
+    const auto value = [&](const ParamRef& ref, const T** fixed, int64_t* moving) {
+      if (!ref) return;
+      const int64_t offset = c_.plan.param(ref).offset;
+      ref.adapted ? void(*moving = offset) : void(*fixed = c_.shared + offset);
+    };
+    value(n.w, &x.w, &made.w);
+    value(n.b, &x.b, &made.b);
+    value(n.mean, &x.mean, &made.mean);
+    value(n.var, &x.var, &made.var);
+    x.saved = at(p.saved[v]);
+    x.places = p.places[v].get();
+    x.scratch = at(b_.scratch);
+    x.seed = c_.args.seed;
+    made.moves = support && !c_.plan.is_static[v];
+    made.input_moves = support && !c_.plan.is_static[n.input];
+    made.input2_moves = support && n.input2 >= 0 && !c_.plan.is_static[n.input2];
+    if (dual) set_tangents(&x);
+    if (!support || !c_.plan.is_static[v]) set_cotangents(&x, v, p, dual);
+    return made;
+  }
+
+  void set_tangents(LayerCall<T>* x) const {
+    const Node& n = *x->node;
+    const Pass& p = b_.support;
+    x->dx = at(p.dy[n.input]);
+    if (n.input2 >= 0) x->dx2 = at(p.dy[n.input2]);
+    const T* direction = at(b_.direction);
+    if (n.w && n.w.adapted) x->dw = direction + c_.plan.param(n.w).offset;
+    if (n.b && n.b.adapted) x->db = direction + c_.plan.param(n.b).offset;
+  }
+
+  // Cotangents of the value and of the node's inputs. Where the last reader in order comes first,
+  // it writes and the others add.
+  void set_cotangents(LayerCall<T>* x, int v, const Pass& p, bool dual) const {
+    const Node& n = *x->node;
+    x->gy = at(p.gy[v]);
+    if (dual) {
+      x->dy = at(p.dy[v]);
+      x->dgy = at(p.dgy[v]);
+    }
+    const auto input = [&](int u, T** gx, T** dgx, bool* add) {
+      const bool gathers = &p == &b_.support && c_.plan.is_static[u];
+      if (gathers) {  // over the steps, and the part that is a tangent alone
+        if (dual) *dgx = at(p.gy[u]);
+        *add = true;
+        return;
+      }
+      *gx = at(p.gy[u]);
+      if (dual) *dgx = at(p.dgy[u]);
+      *add = c_.plan.last_use[u] != v;
+    };
+    input(n.input, &x->gx, &x->dgx, &x->add_gx);
+    if (n.input2 >= 0) {
+      input(n.input2, &x->gx2, &x->dgx2, &x->add_gx2);
+      if (n.input2 == n.input) x->add_gx2 = true;
+    }
+  }
+
+  LayerCall<T> call(const Prepared& p, const Moment<T>& at) const {
+    LayerCall<T> x = p.call;
+    if (p.w >= 0) x.w = at.theta + p.w;
+    if (p.b >= 0) x.b = at.theta + p.b;
+    if (p.mean >= 0) x.mean = at.theta + p.mean;
+    if (p.var >= 0) x.var = at.theta + p.var;
+    if (at.record > 0 && p.moves) {
+      x.y += at.record;
+      x.gy += at.record;
+      if (x.saved != nullptr) x.saved = static_cast<T*>(x.saved) + at.record;
+      if (p.input_moves) {
+        x.x += at.record;
+        x.gx += at.record;
+      }
+      if (p.input2_moves) {
+        x.x2 += at.record;
+        x.gx2 += at.record;
+      }
+    }
+    x.pass = at.pass;
+    x.task = at.task;
+    return x;
+  }
+
+  const Common<T>& c_;
+  const Buffers<T>& b_;
+  T* memory_;
+  std::vector<Prepared> support_, dual_, query_;  // of value v at v - 1
+};
+
+}  // namespace fastmeta::engine::FASTMETA_ISA
