@@ -11,8 +11,10 @@ namespace fastmeta::engine::FASTMETA_ISA {
 template <class T>
 FASTMETA_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
   if (n >= kWidth<T>) return v;
-  for (int i = 0; i < kWidth<T>; ++i) v[i] = i < n ? v[i] : T(0);
-  return v;
+  IntVec<T> lane{};
+  FASTMETA_UNROLL
+  for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
+  return from_bits<T>(bits_of<T>(v) & (lane < static_cast<int>(max_of<int64_t>(n, 0))));
 }
 
 // What a cotangent's place receives: written, or added.

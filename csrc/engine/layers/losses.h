@@ -192,15 +192,20 @@ double elementwise(const LossCall<T>& call, const Function& function) {
   const int64_t pixels = shape.pixels(), channels = shape.channels;
   const int64_t n = call.rows * pixels * channels;
   const T share = n == 0 ? T(0) : T(1) / static_cast<T>(n);
+  constexpr int64_t kTogether = 16;  // vectors summed in T before their sum goes to total
   double total = 0;
-  for (int64_t i = 0; i < call.rows * pixels; ++i) {
+  Vec<T> sum{};
+  int64_t summed = 0;
+  for (int64_t i = 0, pixel = 0; i < call.rows * pixels; ++i) {
     const int64_t at = i * shape.ld;
-    const T* targets = call.targets + (i / pixels) * channels * pixels + i % pixels;
-    Vec<T> sum{};
+    const T* targets = call.targets + (i - pixel) * channels + pixel;
+    pixel = pixel + 1 < pixels ? pixel + 1 : 0;
     for (int64_t c = 0; c < shape.ld; c += kWidth<T>) {
       const int64_t left = channels - c;
       Vec<T> target{};
-      if (pixels == 1 && left > 0) {
+      if (left == 1) {
+        target = splat<T>(targets[c * pixels]);  // other lanes count for nothing
+      } else if (pixels == 1 && left > 0) {
         target = load_n(targets + c, static_cast<int>(min_of<int64_t>(kWidth<T>, left)));
       } else {
         for (int64_t k = 0; k < min_of<int64_t>(kWidth<T>, left); ++k) {
@@ -209,6 +214,11 @@ double elementwise(const LossCall<T>& call, const Function& function) {
       }
       const Point<T> point = function(load(call.prediction + at + c), target);
       sum += keep_first<T>(point.value, left);
+      if (++summed == kTogether) {
+        total += static_cast<double>(hsum<T>(sum));
+        sum = Vec<T>{};
+        summed = 0;
+      }
       if constexpr (kWant != Want::kValue) {
         store(call.g + at + c, keep_first<T>(point.gradient * share, left));
       }
@@ -217,8 +227,8 @@ double elementwise(const LossCall<T>& call, const Function& function) {
         store(call.dg + at + c, keep_first<T>(tangent * share, left));
       }
     }
-    total += static_cast<double>(hsum<T>(sum));
   }
+  total += static_cast<double>(hsum<T>(sum));
   return n == 0 ? 0 : total / static_cast<double>(n);
 }
 
