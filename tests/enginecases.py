@@ -177,6 +177,29 @@ CASES = {
         "linear(2,w={2.weight},b={2.bias},out=6);tanh(3);linear(4,w={4.weight},b={4.bias},out=3)",
         (4,),
     ),
+    "narrow": Case(  # layers of one and two outputs
+        lambda: nn.Sequential(
+            nn.Linear(4, 16),
+            nn.Tanh(),
+            nn.Linear(16, 1),
+            nn.Linear(1, 8),
+            nn.Linear(8, 2),
+            nn.Linear(2, 3),
+        ),
+        "in=4;linear(0,w={0.weight},b={0.bias},out=16);tanh(1);"
+        "linear(2,w={2.weight},b={2.bias},out=1);linear(3,w={3.weight},b={3.bias},out=8);"
+        "linear(4,w={4.weight},b={4.bias},out=2);linear(5,w={5.weight},b={5.bias},out=3)",
+        (4,),
+    ),
+    "narrow_shared": Case(
+        lambda: nn.Sequential(
+            nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1, bias=False), nn.Linear(1, 3)
+        ),
+        "in=8;linear(0,w={0.weight},b={0.bias},out=16);tanh(1);linear(2,w={2.weight},out=1);"
+        "linear(3,w={3.weight},b={3.bias},out=3)",
+        (8,),
+        shared=("2.weight", "3.bias"),
+    ),
     "conv": Case(
         _image(lambda: nn.Conv2d(2, 4, 3, 2, 1), nn.Tanh, flat=36),
         f"in=2x6x6;{_conv(s='2x2', p='1x1')};tanh(1);{_head('3', 2)}",

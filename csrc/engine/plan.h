@@ -7,6 +7,7 @@
 
 #include "common/gemm.h"
 #include "engine/adapt.h"
+#include "engine/layers/narrow.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
 
@@ -15,6 +16,7 @@ using namespace fastmeta::FASTMETA_ISA;
 enum class Layout {
   kNone,    // not used by the program: goes through as it is
   kMatrix,  // [groups] of Matrix [taps * channels of a group][padded outputs of a group], in panels
+  kRows,    // [outputs][inputs], as torch has it (layers/narrow.h)
   kVector,  // [channels], padded
   kImage,   // [pixels][padded channels]
   kFactored,  // of a weight in factored form: [supports][padded outputs] (factored.h)
@@ -23,7 +25,7 @@ enum class Layout {
 // A parameter in torch's layout and in the engine's.
 struct Param {
   Layout layout = Layout::kNone;
-  int64_t outputs = 0, inputs = 0, taps = 1, groups = 1;  // kMatrix: of a group
+  int64_t outputs = 0, inputs = 0, taps = 1, groups = 1;  // kMatrix: of a group; kRows
   int64_t channels = 0, pixels = 1;                       // kVector, kImage; kFactored: supports
   int64_t offset = 0, size = 0;                           // in the engine's buffer
   int64_t torch_offset = 0, numel = 0;  // among the parameters of its list, flattened
@@ -151,8 +153,10 @@ class Plan {
                                     k * (5 * s + kMemory) * s * out + 2 * q * s * out;
       if (factored_cost >= dense) continue;
       Factored f{static_cast<int>(i) + 1, n.w.index, w};
+      f.weight.layout = Layout::kMatrix;
+      f.weight.size = weights;
       f.weight.offset = factored_size;
-      factored_size += ceil_div(w.size, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
+      factored_size += ceil_div(weights, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
       factored.push_back(f);
       w.layout = Layout::kFactored;
       w.channels = s;
@@ -190,7 +194,7 @@ class Plan {
   void place(const Node& n) {
     if (n.kind == Kind::kLinear || n.kind == Kind::kConv2d) {
       Param w;
-      w.layout = Layout::kMatrix;
+      w.layout = narrow::applies<T>(n) ? Layout::kRows : Layout::kMatrix;
       w.groups = n.groups;
       w.outputs = n.out.channels / n.groups;
       w.inputs = n.in.channels / n.groups;
@@ -215,6 +219,9 @@ class Plan {
           p.numel = p.groups * p.outputs * p.inputs * p.taps;
           p.size = p.groups * p.taps * p.inputs * padded<T>(p.outputs);
           break;
+        case Layout::kRows:
+          p.numel = p.size = p.outputs * p.inputs;
+          break;
         case Layout::kVector:
         case Layout::kImage:
           p.numel = p.channels * p.pixels;
@@ -235,15 +242,13 @@ class Plan {
 };
 
 // ---- torch's layouts to the engine's and back
-template <class T>
-Matrix<T> group_matrix(const Param& p, T* data, int64_t group) {
-  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
-  return {data + group * rows * cols, rows, cols, 0};
-}
-
 // Calls f(engine index, torch index) for each number of a parameter.
 template <class T, class F>
 void for_each_number(const Param& p, F f) {
+  if (p.layout == Layout::kRows) {
+    for (int64_t i = 0; i < p.size; ++i) f(i, i);
+    return;
+  }
   if (p.layout != Layout::kMatrix) {
     const int64_t ld = padded<T>(p.channels);
     for (int64_t i = 0; i < p.pixels; ++i) {
@@ -276,6 +281,7 @@ void for_each_run(const Param& p, F f) {
     f(engine, compact, count);
     compact += count;
   };
+  if (p.layout == Layout::kRows) return run(0, p.size);
   if (p.layout == Layout::kFactored) {
     for (int64_t i = 0; i < p.channels; ++i) run(i * padded<T>(p.outputs), p.outputs);
     return;

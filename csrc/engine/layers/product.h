@@ -1,6 +1,6 @@
 // linear, and conv2d of single pixels: one matrix product, Y[positions, outputs] = X W, X read in
-// place. Other convolutions are in convolution.h. Weights are Matrix [inputs][outputs] in panels
-// (plan.h).
+// place. Other convolutions are in convolution.h. Weights are Matrix [inputs][outputs] in panels,
+// or [outputs][inputs] where there are few outputs (narrow.h, plan.h).
 //
 // Multiply-adds, in units of positions * inputs * outputs: forward 1, backward 2, dual_forward 3 (2
 // where the input has no tangent), dual_backward 5 (2 where the input has none and wants none), and
@@ -9,6 +9,7 @@
 #pragma once
 #include "common/gemm.h"
 #include "engine/layers/convolution.h"
+#include "engine/layers/narrow.h"
 
 namespace fastmeta::engine::FASTMETA_ISA::product {
 
@@ -23,9 +24,11 @@ struct Dims {
         outputs(n.out.channels),
         ldx(n.in.ld),
         input_cols(padded<T>(inputs)),
-        ldy(n.out.ld) {}
+        ldy(n.out.ld),
+        narrow(narrow::applies<T>(n)) {}
   int64_t positions, inputs, outputs;
   int64_t ldx, input_cols, ldy;
+  bool narrow;
 
   // The raw input's rows may end within a vector: its gradient is formed beside it.
   bool writes_in_place() const { return ldx == input_cols; }
@@ -47,6 +50,7 @@ struct Weights {
 
 template <class T>
 static Weights<T> weights_of(const Dims<T>& d, const T* w, T* scratch) {
+  if (d.narrow) return {{}, {w, d.outputs, d.inputs, d.inputs}};
   Weights<T> both{{w, d.inputs, d.ldy, 0}, {nullptr, d.outputs, d.input_cols, 0}};
   if (d.positions >= kManyRows) {
     transpose_to_panels<T>(both.plain, d.outputs, {scratch, d.outputs, d.input_cols, 0});
@@ -80,24 +84,31 @@ static void to_input(const Dims<T>& d, const InputTerm<T> (&from)[kTerms], T* ou
           {T(1), nullptr, add ? out : nullptr});
 }
 
+// y = bias + the sum of the terms x w, of which null pointers mark those that are zero.
+template <class T>
+static void to_output(const Node& node, const Dims<T>& d, const narrow::Term<T>& first,
+                      const narrow::Term<T>& second, const T* bias, T* y) {
+  const auto sum = [&](const auto&... terms) {
+    constexpr int kTerms = sizeof...(terms);
+    if (d.narrow) return narrow::forward<T, kTerms>(node, d.positions, {terms...}, bias, y);
+    gemm<T, kTerms>(d.positions, {{terms.x, d.ldx, 1, d.inputs, {terms.w, d.inputs, d.ldy, 0}}...},
+                    {y, d.positions, d.ldy, d.ldy}, {T(1), bias, nullptr});
+  };
+  const bool one = first.x != nullptr && first.w != nullptr;
+  const bool two = second.x != nullptr && second.w != nullptr;
+  if (one && two) return sum(first, second);
+  if (one || two) return sum(one ? first : second);
+  for (int64_t i = 0; i < d.positions; ++i) {
+    for (int64_t c = 0; c < d.ldy; ++c) y[i * d.ldy + c] = bias != nullptr ? bias[c] : T(0);
+  }
+}
+
 // y = x w + b; and where dy is wanted, dy = dx w + x dw + db.
 template <class T>
 static void forward_both(const LayerCall<T>& call, bool dual) {
   const Dims<T> d(*call.node, call.rows);
-  const Matrix<T> y{call.y, d.positions, d.ldy, d.ldy}, dy{call.dy, d.positions, d.ldy, d.ldy};
-  const auto term = [&](const T* x, const T* w) {
-    return GemmTerm<T>{x, d.ldx, 1, w == nullptr ? 0 : d.inputs, {w, d.inputs, d.ldy, 0}};
-  };
-  if (!call.known) gemm<T, 1>(d.positions, {term(call.x, call.w)}, y, {T(1), call.b, nullptr});
-  if (!dual) return;
-  const GemmStart<T> start{T(1), call.db, nullptr};
-  if (call.dx == nullptr) {
-    gemm<T, 1>(d.positions, {term(call.x, call.dw)}, dy, start);
-  } else if (call.dw == nullptr) {
-    gemm<T, 1>(d.positions, {term(call.dx, call.w)}, dy, start);
-  } else {
-    gemm<T, 2>(d.positions, {term(call.dx, call.w), term(call.x, call.dw)}, dy, start);
-  }
+  if (!call.known) to_output<T>(*call.node, d, {call.x, call.w}, {}, call.b, call.y);
+  if (dual) to_output<T>(*call.node, d, {call.dx, call.w}, {call.x, call.dw}, call.db, call.dy);
 }
 
 template <class T>
@@ -112,12 +123,15 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
                     call.b_update.factor, call.gb);
   }
   if (dual && call.dgb != nullptr) add_column_sums(d.positions, call.dgy, d.ldy, d.ldy, call.dgb);
-  // What goes into a weight's gradient [inputs, outputs]: x^T gy.
+  // What goes into a weight's gradient [inputs, outputs]: x^T gy; gy^T x where it lies so.
   const auto term = [&](const T* x, const T* gy) {
+    if (d.narrow) return GemmTerm<T>{gy, 1, d.ldy, d.positions, {x, d.positions, d.inputs, d.ldx}};
     return GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
   };
   const auto add_to = [&](T* gw, const GemmStart<T>& start, const auto&... terms) {
-    gemm<T, sizeof...(terms)>(d.inputs, {terms...}, {gw, d.inputs, d.ldy, 0}, start);
+    const Matrix<T> to =
+        d.narrow ? Matrix<T>{gw, d.outputs, d.inputs, d.inputs} : Matrix<T>{gw, d.inputs, d.ldy, 0};
+    gemm<T, sizeof...(terms)>(to.rows, {terms...}, to, start);
   };
   if (call.gw != nullptr) {
     const GemmStart<T> start{call.w_update.factor, nullptr, from(call.w_update, call.gw)};
