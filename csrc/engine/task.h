@@ -108,7 +108,7 @@ class Task {
   double query_loss(T scale) {
     LossCall<T> x = loss_call(b_.query, 0, c_.args.queries, c_.args.query_y);
     if (x.g == nullptr) return loss_value(x);
-    const double loss = loss_gradient(x);
+    const double loss = loss_and_gradient(x);
     for (int64_t i = 0; i < c_.args.queries * c_.plan.out().row(); ++i) x.g[i] *= scale;
     return loss;
   }

@@ -37,7 +37,8 @@ struct LossCall {
 
 namespace losses {
 
-enum class Want { kValue, kGradient, kDual };
+enum class Want { kValue, kBoth, kGradient, kDual };  // kDual: the gradient as well
+constexpr bool has_value(Want want) { return want == Want::kValue || want == Want::kBoth; }
 
 template <class T>
 FASTMETA_INLINE T weight_of(const LossCall<T>& call, int64_t label) {
@@ -62,6 +63,27 @@ struct RowBlock {
   }
 };
 
+// The labels of a block of rows, one in a lane; -1 in lanes of rows that do not count.
+template <class T>
+FASTMETA_INLINE IntVec<T> block_labels(const LossCall<T>& call, const RowBlock<T>& rows) {
+  constexpr int kW = kWidth<T>;
+  typedef int64_t Wide __attribute__((vector_size(8 * kW), aligned(8), may_alias));
+  const int64_t* labels = call.labels + rows.first;
+  const int64_t ignore = call.loss->ignore;
+  int64_t last[kW];
+  if (rows.count < kW) {
+    for (int64_t k = 0; k < kW; ++k) last[k] = k < rows.count ? labels[k] : ignore;
+    labels = last;
+  }
+  const Wide wide = *reinterpret_cast<const Wide*>(labels);
+  return __builtin_convertvector(wide | (wide == ignore), IntVec<T>);
+}
+
+template <class T>
+FASTMETA_INLINE Vec<T> where(IntVec<T> mask, Vec<T> v) {
+  return from_bits<T>(bits_of<T>(v) & mask);
+}
+
 // With D the sum of the weights of the labels that count, e the smoothing, C classes: a row's loss
 // is (1 - e) w[label] nll[label] + e / C sum_c w[c] nll[c], the whole their sum over D.
 template <Want kWant, class T>
@@ -75,17 +97,16 @@ double cross_entropy(const LossCall<T>& call) {
     if (call.labels[r] != call.loss->ignore) counted += weight_of(call, call.labels[r]);
   }
   for (int64_t c = 0; c < classes; ++c) all_weights += weight_of(call, c);
+  const double over = counted == 0 ? 0 : 1 / counted;
   double total = 0;
   for (int64_t first = 0; first < call.rows; first += kW) {
     const RowBlock<T> rows{first, min_of<int64_t>(kW, call.rows - first), ld};
-    alignas(64) T own[kW] = {};  // weight of -z[label], over D
-    Vec<T> counts{};             // 1 in lanes of rows that count
-    for (int64_t k = 0; k < rows.count; ++k) {
-      const int64_t label = call.labels[first + k];
-      if (label == call.loss->ignore || counted == 0) continue;
-      own[k] = static_cast<T>((1 - smoothing) * weight_of(call, label) / counted);
-      counts[k] = 1;
+    const IntVec<T> label = block_labels(call, rows), counts = label >= 0;
+    Vec<T> own = splat<T>(static_cast<T>((1 - smoothing) * over));  // weight of -z[label], over D
+    if (call.weight != nullptr) {
+      for (int k = 0; k < kW; ++k) own[k] *= label[k] >= 0 ? call.weight[label[k]] : T(0);
     }
+    own = where<T>(counts, own);
     Vec<T> block[kW], dblock[kW];
     Vec<T> top = splat<T>(-std::numeric_limits<T>::infinity());
     for (int64_t c0 = 0; c0 < classes; c0 += kW) {
@@ -93,7 +114,7 @@ double cross_entropy(const LossCall<T>& call) {
       const int64_t here = min_of<int64_t>(kW, classes - c0);
       for (int64_t c = 0; c < here; ++c) top = vmax<T>(top, block[c]);
     }
-    Vec<T> sum{}, smooth{}, along{};
+    Vec<T> sum{}, smooth{}, along{}, picked{};
     for (int64_t c0 = 0; c0 < ld; c0 += kW) {
       if (!one_block) rows.load_classes(call.prediction, c0, block);
       if constexpr (kWant == Want::kDual) rows.load_classes(call.dprediction, c0, dblock);
@@ -104,7 +125,10 @@ double cross_entropy(const LossCall<T>& call) {
           continue;
         }
         const Vec<T> shifted = block[c] - top;
-        if (smoothing != 0) smooth += weight_of(call, c0 + c) * shifted;
+        if constexpr (has_value(kWant)) {
+          if (smoothing != 0) smooth += weight_of(call, c0 + c) * shifted;
+          picked += where<T>(label == static_cast<int>(c0 + c), shifted);
+        }
         block[c] = vexp<T>(shifted);
         sum += block[c];
         if constexpr (kWant == Want::kDual) along += block[c] * dblock[c];
@@ -112,18 +136,14 @@ double cross_entropy(const LossCall<T>& call) {
       if (kWant != Want::kValue && !one_block) rows.store_classes(block, call.g, c0);
     }
     const Vec<T> spread =
-        load(own) + counts * static_cast<T>(counted == 0 ? 0 : even * all_weights / counted);
-    const Vec<T> log_sum = vlog<T>(sum);
-    for (int64_t k = 0; k < rows.count; ++k) {
-      if (counts[k] == 0) continue;
-      const T z = call.prediction[(first + k) * ld + call.labels[first + k]];
-      total += static_cast<double>(spread[k]) * static_cast<double>(log_sum[k]) -
-               static_cast<double>(own[k]) * static_cast<double>(z - top[k]);
-      if (smoothing != 0) total -= even / counted * static_cast<double>(smooth[k]);
+        own + where<T>(counts, splat<T>(static_cast<T>(even * all_weights * over)));
+    const T even_scale = static_cast<T>(even * over);
+    if constexpr (has_value(kWant)) {
+      const Vec<T> value = spread * vlog<T>(sum) - own * picked - even_scale * smooth;
+      total += static_cast<double>(hsum<T>(where<T>(counts, value)));
     }
     if constexpr (kWant == Want::kValue) continue;
     const Vec<T> scale = spread / sum, mean = along / sum;
-    const Vec<T> even_scale = counts * static_cast<T>(counted == 0 ? 0 : even / counted);
     for (int64_t c0 = 0; c0 < ld; c0 += kW) {
       if (!one_block) {
         rows.load_classes(call.g, c0, block);
@@ -133,18 +153,15 @@ double cross_entropy(const LossCall<T>& call) {
       for (int64_t c = 0; c < here; ++c) {
         const Vec<T> share = block[c] * scale;
         if constexpr (kWant == Want::kDual) {
-          dblock[c] = counts != 0 ? share * (dblock[c] - mean) : Vec<T>{};
+          dblock[c] = where<T>(counts, share * (dblock[c] - mean));
         }
-        Vec<T> v = share;
+        Vec<T> v = share - where<T>(label == static_cast<int>(c0 + c), own);
         if (smoothing != 0) v -= even_scale * weight_of(call, c0 + c);
-        block[c] = counts != 0 ? v : Vec<T>{};
+        block[c] = where<T>(counts, v);
       }
       for (int64_t c = max_of<int64_t>(here, 0); c < kW; ++c) dblock[c] = Vec<T>{};
       rows.store_classes(block, call.g, c0);
       if constexpr (kWant == Want::kDual) rows.store_classes(dblock, call.dg, c0);
-    }
-    for (int64_t k = 0; k < rows.count; ++k) {
-      if (counts[k] != 0) call.g[(first + k) * ld + call.labels[first + k]] -= own[k];
     }
   }
   return total;
@@ -213,11 +230,13 @@ double elementwise(const LossCall<T>& call, const Function& function) {
         }
       }
       const Point<T> point = function(load(call.prediction + at + c), target);
-      sum += keep_first<T>(point.value, left);
-      if (++summed == kTogether) {
-        total += static_cast<double>(hsum<T>(sum));
-        sum = Vec<T>{};
-        summed = 0;
+      if constexpr (has_value(kWant)) {
+        sum += keep_first<T>(point.value, left);
+        if (++summed == kTogether) {
+          total += static_cast<double>(hsum<T>(sum));
+          sum = Vec<T>{};
+          summed = 0;
+        }
       }
       if constexpr (kWant != Want::kValue) {
         store(call.g + at + c, keep_first<T>(point.gradient * share, left));
@@ -257,14 +276,20 @@ double loss_value(const LossCall<T>& call) {
 
 // The loss; writes g.
 template <class T>
-double loss_gradient(const LossCall<T>& call) {
-  return losses::evaluate<losses::Want::kGradient>(call);
+double loss_and_gradient(const LossCall<T>& call) {
+  return losses::evaluate<losses::Want::kBoth>(call);
 }
 
-// The loss; writes g and dg, the tangent of g along dprediction.
+// Writes g.
 template <class T>
-double loss_dual(const LossCall<T>& call) {
-  return losses::evaluate<losses::Want::kDual>(call);
+void loss_gradient(const LossCall<T>& call) {
+  losses::evaluate<losses::Want::kGradient>(call);
+}
+
+// Writes g and dg, the tangent of g along dprediction.
+template <class T>
+void loss_dual(const LossCall<T>& call) {
+  losses::evaluate<losses::Want::kDual>(call);
 }
 
 }  // namespace fastmeta::engine::FASTMETA_ISA
