@@ -19,8 +19,8 @@ struct Common {
   const T* rates;    // [rate_rows, 1 or num_fast or fast.size]
 };
 
-// The place of a step: its adapted parameters, and how far its record (buffers.h) is from the
-// first one.
+// What calls of the same layer differ by: the adapted parameters, how far the step's record
+// (buffers.h) is from the first one, and the identity of the pass.
 template <class T>
 struct Moment {
   const T* theta;
@@ -44,15 +44,19 @@ class Calls {
     }
   }
 
+  // Each call is one object that is brought up to date: what it refers to holds until the next.
+
   // Of the pass over the supports, forward and backward; the values' cotangents are set.
-  LayerCall<T> support(int v, const Moment<T>& at) const { return call(support_[v - 1], at); }
-  LayerCall<T> query(int v, const Moment<T>& at) const { return call(query_[v - 1], at); }
+  LayerCall<T>& support(int v, const Moment<T>& at) { return update(support_[v - 1], at); }
+  LayerCall<T>& query(int v, const Moment<T>& at) { return update(query_[v - 1], at); }
 
   // Of the dual pass; known: the record has the primal values.
-  LayerCall<T> dual(int v, const Moment<T>& at, bool known) const {
-    LayerCall<T> x = call(dual_[v - 1], at);
+  LayerCall<T>& dual(int v, const Moment<T>& at, bool known) {
+    Prepared& p = dual_[v - 1];
+    LayerCall<T>& x = update(p, at);
     x.known = known;
-    if (known) x.gx = x.gx2 = nullptr;
+    x.gx = known ? nullptr : p.gx;
+    x.gx2 = known ? nullptr : p.gx2;
     return x;
   }
 
@@ -65,6 +69,7 @@ class Calls {
     };
     (dual ? x->dgw : x->gw) = place(x->node->w);
     (dual ? x->dgb : x->gb) = place(x->node->b);
+    x->w_update = x->b_update = {};
   }
 
  private:
@@ -74,6 +79,9 @@ class Calls {
     LayerCall<T> call;
     bool moves = false, input_moves = false, input2_moves = false;  // with the record
     int64_t w = -1, b = -1, mean = -1, var = -1;  // of the adapted parameters, in theta
+    int64_t record = 0;                           // that it is at
+    T* gx = nullptr;                              // the call's, wanted or not
+    T* gx2 = nullptr;
   };
 
   T* at(int64_t place) const { return place >= 0 ? memory_ + place : nullptr; }
@@ -106,6 +114,8 @@ class Calls {
     made.input2_moves = support && n.input2 >= 0 && !c_.plan.is_static[n.input2];
     if (dual) set_tangents(&x);
     if (!support || !c_.plan.is_static[v]) set_cotangents(&x, v, p, dual);
+    made.gx = x.gx;
+    made.gx2 = x.gx2;
     return made;
   }
 
@@ -146,28 +156,32 @@ class Calls {
     }
   }
 
-  LayerCall<T> call(const Prepared& p, const Moment<T>& at) const {
-    LayerCall<T> x = p.call;
+  static LayerCall<T>& update(Prepared& p, const Moment<T>& at) {
+    LayerCall<T>& x = p.call;
     if (p.w >= 0) x.w = at.theta + p.w;
     if (p.b >= 0) x.b = at.theta + p.b;
     if (p.mean >= 0) x.mean = at.theta + p.mean;
     if (p.var >= 0) x.var = at.theta + p.var;
-    if (at.record > 0 && p.moves) {
-      x.y += at.record;
-      x.gy += at.record;
-      if (x.saved != nullptr) x.saved = static_cast<T*>(x.saved) + at.record;
-      if (p.input_moves) {
-        x.x += at.record;
-        x.gx += at.record;
-      }
-      if (p.input2_moves) {
-        x.x2 += at.record;
-        x.gx2 += at.record;
-      }
-    }
+    if (p.moves && at.record != p.record) move(p, at.record - p.record);
     x.pass = at.pass;
     x.task = at.task;
     return x;
+  }
+
+  static void move(Prepared& p, int64_t by) {
+    LayerCall<T>& x = p.call;
+    p.record += by;
+    x.y += by;
+    x.gy += by;
+    if (x.saved != nullptr) x.saved = static_cast<T*>(x.saved) + by;
+    if (p.input_moves) {
+      x.x += by;
+      x.gx = p.gx += by;
+    }
+    if (p.input2_moves) {
+      x.x2 += by;
+      x.gx2 = p.gx2 += by;
+    }
   }
 
   const Common<T>& c_;

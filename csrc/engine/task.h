@@ -83,7 +83,7 @@ class Task {
   void query_forward(const T* theta) {
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || (!factored_.empty() && c_.plan.is_static[v])) continue;
-      const LayerCall<T> x = calls_.query(v, of_queries(theta));
+      const LayerCall<T>& x = calls_.query(v, of_queries(theta));
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].query_forward(weight(f), x.w, x.b, x.y);
       } else {
@@ -118,7 +118,7 @@ class Task {
   void query_backward(const T* theta, T* weight_gradient, T* shared_gradient) {
     for (int v = values() - 1; v > 0; --v) {
       if (b_.query.gy[v] < 0) continue;
-      LayerCall<T> x = calls_.query(v, of_queries(theta));
+      LayerCall<T>& x = calls_.query(v, of_queries(theta));
       calls_.set_parameters(&x, cotangent(), shared_gradient, false);
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].query_backward(weight(f), x.w, x.gy, x.gw,
@@ -156,7 +156,7 @@ class Task {
     const bool known = step >= c_.args.steps - b_.records;
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
-      const LayerCall<T> x = calls_.dual(v, moment, known);
+      const LayerCall<T>& x = calls_.dual(v, moment, known);
       if (const int f = factored_at_[v]; f >= 0) {
         if (!known) factored_[f].forward(x.w, x.b, x.y);
         factored_[f].tangent(x.dw, x.db, x.dy);
@@ -167,7 +167,7 @@ class Task {
     support_loss(moment, true);
     for (int v = values() - 1; v > 0; --v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
-      LayerCall<T> x = calls_.dual(v, moment, known);
+      LayerCall<T>& x = calls_.dual(v, moment, known);
       calls_.set_parameters(&x, rate_gradient != nullptr ? gradient() : nullptr, nullptr, false);
       calls_.set_parameters(&x, lambda, shared_gradient, true);
       if (const int f = factored_at_[v]; f >= 0) {
@@ -200,7 +200,7 @@ class Task {
     const Moment<T> beginning{c_.theta, 0, 0, task_};
     for (int v = values() - 1; v > 0; --v) {
       if (!c_.plan.is_static[v] || b_.support.gy[v] < 0) continue;
-      LayerCall<T> x = calls_.support(v, beginning);
+      LayerCall<T>& x = calls_.support(v, beginning);
       x.gy = at(b_.support.gy[v]);
       const Node& n = c_.plan.nodes[v - 1];
       if (b_.support.gy[n.input] >= 0) x.gx = at(b_.support.gy[n.input]);
@@ -267,7 +267,7 @@ class Task {
     const Moment<T> moment = of_step(step, theta);
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
-      const LayerCall<T> x = calls_.support(v, moment);
+      const LayerCall<T>& x = calls_.support(v, moment);
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].forward(x.w, x.b, x.y);
       } else {
@@ -280,7 +280,7 @@ class Task {
     });
     for (int v = values() - 1; v > 0; --v) {
       if (!c_.plan.live[v] || c_.plan.is_static[v]) continue;
-      LayerCall<T> x = calls_.support(v, moment);
+      LayerCall<T>& x = calls_.support(v, moment);
       calls_.set_parameters(&x, gradient(), nullptr, false);
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].gradient(x.gy, x.gw);
