@@ -90,13 +90,17 @@ class Inputs {
     const bool labels = program_->loss.kind == LossKind::kCrossEntropy;
     if (!labels) shape = concatenate(shape, row_shape(program_->shapes.back()));
     bridge::check_shape(y, name, shape);
-    const Tensor& held = keep(y, name, labels ? ScalarType::Long : dtype_);
-    if (labels) check_labels(held, name);
-    return held.const_data_ptr();
+    const void* data = hold(y, name, labels ? ScalarType::Long : dtype_);
+    if (labels) check_labels(static_cast<const int64_t*>(data), args.tasks * rows, name);
+    return data;
   }
 
+  // The tensor's numbers in order: its own, for as long as it lives, or those of a copy.
   const void* hold(const Tensor& tensor, const char* name, ScalarType dtype) {
-    return keep(tensor, name, dtype).const_data_ptr();
+    bridge::check_dtype(tensor, name, dtype);
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    copies_.push_back(bridge::contiguous(tensor));
+    return copies_.back().const_data_ptr();
   }
 
   std::vector<int64_t> prediction_shape() const {
@@ -108,21 +112,16 @@ class Inputs {
   Adapt args{};
 
  private:
-  const Tensor& keep(const Tensor& tensor, const char* name, ScalarType dtype) {
-    bridge::check_dtype(tensor, name, dtype);
-    kept_.push_back(std::make_unique<Tensor>(bridge::contiguous(tensor)));
-    return *kept_.back();
-  }
   int64_t hold_all(const Tensors& tensors, const char* name, std::vector<const void*>* out) {
     for (const Tensor& tensor : tensors) out->push_back(hold(tensor, name, dtype_));
     return static_cast<int64_t>(tensors.size());
   }
-  void check_labels(const Tensor& labels, const char* name) const {
-    const int64_t* data = static_cast<const int64_t*>(labels.const_data_ptr());
+  void check_labels(const int64_t* labels, int64_t count, const char* name) const {
     const int64_t classes = program_->shapes.back().channels, ignore = program_->loss.ignore;
-    for (int64_t i = 0; i < labels.numel(); ++i) {
-      STD_TORCH_CHECK(data[i] == ignore || (data[i] >= 0 && data[i] < classes), "fastmeta: ", name,
-                      " must be labels in [0, ", classes, ") or ", ignore, ", got ", data[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(labels[i] == ignore || (labels[i] >= 0 && labels[i] < classes),
+                      "fastmeta: ", name, " must be labels in [0, ", classes, ") or ", ignore,
+                      ", got ", labels[i]);
     }
   }
 
@@ -130,7 +129,7 @@ class Inputs {
   ScalarType dtype_;
   int64_t fast_numbers_ = 0;
   std::vector<int64_t> fast_numel_, shared_numel_;
-  std::vector<std::unique_ptr<Tensor>> kept_;
+  std::vector<Tensor> copies_;
   std::vector<const void*> fast_, shared_;
 };
 

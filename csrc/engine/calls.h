@@ -32,15 +32,17 @@ template <class T>
 class Calls {
  public:
   Calls(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {
-    for (int v = 1; v < static_cast<int>(c_.plan.shapes.size()); ++v) {
-      if (!c_.plan.live[v]) {
-        for (auto* list : {&support_, &dual_, &query_}) list->emplace_back();
-        continue;
+    const size_t nodes = c_.plan.nodes.size();
+    support_.resize(nodes);
+    query_.resize(nodes);
+    if (c_.wants.second_order) dual_.resize(nodes);
+    for (int v = 1; v <= static_cast<int>(nodes); ++v) {
+      if (!c_.plan.live[v]) continue;
+      prepare(b_.support, v, c_.args.supports, false, &support_[v - 1]);
+      prepare(b_.query, v, c_.args.queries, false, &query_[v - 1]);
+      if (c_.wants.second_order && !c_.plan.is_static[v]) {
+        prepare(b_.support, v, c_.args.supports, true, &dual_[v - 1]);
       }
-      const bool learns = c_.wants.second_order && !c_.plan.is_static[v];
-      support_.push_back(prepare(b_.support, v, c_.args.supports, false));
-      dual_.push_back(learns ? prepare(b_.support, v, c_.args.supports, true) : Prepared{});
-      query_.push_back(prepare(b_.query, v, c_.args.queries, false));
     }
   }
 
@@ -86,11 +88,10 @@ class Calls {
 
   T* at(int64_t place) const { return place >= 0 ? memory_ + place : nullptr; }
 
-  Prepared prepare(const Pass& p, int v, int64_t rows, bool dual) const {
+  void prepare(const Pass& p, int v, int64_t rows, bool dual, Prepared* made) const {
     const Node& n = c_.plan.nodes[v - 1];
     const bool support = &p == &b_.support;
-    Prepared made;
-    LayerCall<T>& x = made.call;
+    LayerCall<T>& x = made->call;
     x.node = &n;
     x.rows = rows;
     x.x = at(p.y[n.input]);
@@ -101,22 +102,21 @@ class Calls {
       const int64_t offset = c_.plan.param(ref).offset;
       ref.adapted ? void(*moving = offset) : void(*fixed = c_.shared + offset);
     };
-    value(n.w, &x.w, &made.w);
-    value(n.b, &x.b, &made.b);
-    value(n.mean, &x.mean, &made.mean);
-    value(n.var, &x.var, &made.var);
+    value(n.w, &x.w, &made->w);
+    value(n.b, &x.b, &made->b);
+    value(n.mean, &x.mean, &made->mean);
+    value(n.var, &x.var, &made->var);
     x.saved = at(p.saved[v]);
     x.places = p.places[v].get();
     x.scratch = at(b_.scratch);
     x.seed = c_.args.seed;
-    made.moves = support && !c_.plan.is_static[v];
-    made.input_moves = support && !c_.plan.is_static[n.input];
-    made.input2_moves = support && n.input2 >= 0 && !c_.plan.is_static[n.input2];
+    made->moves = support && !c_.plan.is_static[v];
+    made->input_moves = support && !c_.plan.is_static[n.input];
+    made->input2_moves = support && n.input2 >= 0 && !c_.plan.is_static[n.input2];
     if (dual) set_tangents(&x);
     if (!support || !c_.plan.is_static[v]) set_cotangents(&x, v, p, dual);
-    made.gx = x.gx;
-    made.gx2 = x.gx2;
-    return made;
+    made->gx = x.gx;
+    made->gx2 = x.gx2;
   }
 
   void set_tangents(LayerCall<T>* x) const {
