@@ -361,10 +361,17 @@ class Engine:
         """Let `recall` take such a call from now on, as long as the module is what it is."""
         structure = self._structure
         assert structure is not None
+        assert isinstance(self._loss, NamedLoss)
+        labelled = self._loss.labelled
+        if labelled and (self._loss.ignore != IGNORE_INDEX or given[1].dtype != torch.int64):
+            return
+        if given[1].requires_grad or given[3].requires_grad:
+            return
         if len(self._recalled) >= KEPT:
             self._recalled.clear()
         slots = [structure.slot(n) for n in ready.fast], [structure.slot(n) for n in ready.shared]
-        self._recalled[_signature(*given)] = ready, slots
+        padding_matters = labelled and ready.normalises
+        self._recalled[_signature(*given)] = ready, slots, padding_matters
 
     def recall(
         self,
@@ -389,22 +396,16 @@ class Engine:
         found = self._recalled.get(_signature(*given))
         if found is None or not structure.same() or unusual_call() or _autocast("cpu"):
             return None
-        ready, (fast, shared) = found
+        ready, (fast, shared), padding_matters = found
         support_x, support_y, query_x, query_y = given
-        if support_y.requires_grad or query_y.requires_grad:
+        if padding_matters and min(int(support_y.min()), int(query_y.min())) < 0:
             return None
-        assert isinstance(self._loss, NamedLoss)
-        if self._loss.labelled:
-            if ready.normalises and min(int(support_y.min()), int(query_y.min())) < 0:
-                return None
-            if self._loss.ignore != IGNORE_INDEX or support_y.dtype != torch.int64:
-                return None
         tensors = [held[key] for held, key in fast]
         others = [held[key] for held, key in shared]
         if ready.weighted:
             others.append(self._loss.weight)
-        supports, queries = Supports(support_x, support_y), Supports(query_x, query_y)
         operands = tensors, others, self._rates(rates, steps, ready.places, tensors[0])
+        supports, queries = Supports(support_x, support_y), Supports(query_x, query_y)
         work, inputs = self._work(ready, operands, supports, queries, steps, first_order)
         try:
             if not backward:
@@ -434,7 +435,8 @@ def _program_loss(loss: NamedLoss, weight: str, like: Tensor) -> ProgramLoss:
 
 
 def _signature(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Any:
-    return (sx.shape, sy.shape, qx.shape, qy.shape, sx.dtype, sy.dtype, qx.dtype, qy.dtype)
+    learn = sy.requires_grad, qy.requires_grad
+    return (sx.shape, sy.shape, qx.shape, qy.shape, sx.dtype, sy.dtype, qx.dtype, qy.dtype, learn)
 
 
 def _autocast(device_type: str) -> str | None:

@@ -6,6 +6,8 @@ The engine's op and CUDA graphs return both at once. `in_graph` puts them into a
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,10 +41,8 @@ class Work(NamedTuple):
     ) -> tuple[Tensor, list[Tensor]]:
         """The mean query loss, and its gradients for those of ``tensors`` that need one."""
         fast, shared = self.counts[0], sum(self.counts)
-        asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
-        wanted = sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
         with _below_autograd():
-            mean, _, *grads = _meta_step(
+            mean, _, fast_grads, shared_grads, *grads = _meta_step(
                 self.program,
                 tensors[:fast],
                 tensors[fast:shared],
@@ -51,10 +51,10 @@ class Work(NamedTuple):
                 tensors[-1],
                 self.targets[1],
                 *self.options,
-                wanted,
+                _wanted(tuple(needs), fast, shared),
             )
-        found = zip((*grads[0], *grads[1], *grads[2:]), needs, strict=True)
-        return mean, [g for g, need in found if need]
+        found = [*fast_grads, *shared_grads, *grads]
+        return mean, list(itertools.compress(found, needs))
 
     def loss(self, tensors: Sequence[Tensor]) -> Tensor:
         """The mean query loss, in autograd's graph."""
@@ -64,7 +64,14 @@ class Work(NamedTuple):
         """The mean query loss, which tensors need a gradient, and these."""
         needs = [t.requires_grad for t in tensors]
         loss, grads = self(tensors, needs)
-        return loss, [t for t, need in zip(tensors, needs, strict=True) if need], grads
+        return loss, list(itertools.compress(tensors, needs)), grads
+
+
+@functools.cache
+def _wanted(needs: tuple[bool, ...], fast: int, shared: int) -> int:
+    """The op's bits for the kinds of tensors of which one needs a gradient."""
+    asked = (any(needs[:fast]), any(needs[fast:shared]), *needs[shared:])
+    return sum(bit for bit, asks in zip(WANTED.values(), asked, strict=True) if asks)
 
 
 #: From tensors, and which of them need a gradient, to the loss and these gradients.
@@ -100,14 +107,14 @@ def hand_out(loss: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -
     return loss
 
 
-@torch.no_grad()
 def _add(sums: list[Tensor], more: list[Tensor]) -> None:
-    """Adds to each of ``sums``, at once where one launch can: each is another tensor, on a GPU."""
-    if all(t.is_cuda for t in sums) and len({id(t) for t in sums}) == len(sums):
-        torch._foreach_add_(sums, more)
-        return
-    for total, grad in zip(sums, more, strict=True):
-        total.add_(grad)
+    """Adds to each of ``sums``; at once, which on a GPU takes that each is another tensor."""
+    with _below_autograd():
+        if sums[0].is_cpu or len({id(t) for t in sums}) == len(sums):
+            torch._foreach_add_(sums, more)
+            return
+        for total, grad in zip(sums, more, strict=True):
+            total.add_(grad)
 
 
 class _MetaLoss(torch.autograd.Function):

@@ -38,9 +38,7 @@ def make_rates(
 def rates_of(
     rates: nn.ParameterDict, names: Sequence[str], lr: float, learn_lr: bool | str, per_step: bool
 ) -> Rates:
-    """The rates of the parameters ``names``."""
-    if not learn_lr:
-        return Rates(lr)
+    """The learned rates of the parameters ``names``."""
     shared = learn_lr == "scalar"
     keys = ["all"] if shared else [_key(name) for name in names]
     for key in keys:

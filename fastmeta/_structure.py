@@ -17,6 +17,8 @@ __all__ = ["Structure"]
 
 COPIED = (dict, list, set)
 CONTAINERS = (dict, list, set, tuple, collections.deque)
+#: Whose truth value says whether they are empty.
+SIZED = (*COPIED, collections.OrderedDict, collections.deque)
 IMMUTABLE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 #: What is looked at elsewhere, or holds no options.
@@ -68,6 +70,9 @@ class Structure:
             ]
         for other in others:
             self._meet(other, 0)
+        # Of most of what a module holds nothing is in use; to ask takes less than to compare.
+        self._empty = [now for now, was in self._watched if type(now) in SIZED and not was]
+        self._watched = [w for w in self._watched if type(w[0]) not in SIZED or w[1]]
         self._hooked = [len(h) for h in self._hooks] if any(self._hooks) else None
         self._tensors = [slot for places in self.slots.values() for slot in places]
         self._tensors += self.buffers.values()
@@ -107,6 +112,8 @@ class Structure:
     def same(self) -> bool:
         """Whether nothing has changed but the numbers."""
         try:
+            if any(self._empty):
+                return False
             for now, before in self._watched:
                 if now != before:
                     return False

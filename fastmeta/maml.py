@@ -355,17 +355,16 @@ class MAML(nn.Module):
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("MAML.backward: there are no gradients in inference mode")
+        given = support_x, support_y, query_x, query_y
+        if torch.is_grad_enabled():
+            return self._meta_loss(given, backward=True)
         with torch.enable_grad():
-            return self._meta_loss((support_x, support_y, query_x, query_y), backward=True)
+            return self._meta_loss(given, backward=True)
 
     def _meta_loss(self, given: tuple[Tensor, ...], backward: bool) -> Tensor:
         self._look_at_criterion()
-        runner, rates, options = (
-            self._runner,
-            self._rates(self._names),
-            (self.steps, self.first_order),
-        )
-        recalled = runner.recall(self.model, rates, given, *options, backward)
+        runner, rates, options = self._runner, self._rates(), (self.steps, self.first_order)
+        recalled = runner.recall(self._modules["model"], rates, given, *options, backward)
         if recalled is not None:
             return recalled
         call = "MAML.backward" if backward else "MAML.loss"
@@ -473,7 +472,10 @@ class MAML(nn.Module):
             fail(ValueError, "MAML", "model", wanted, "none")
         return Weights(self.model, slots, names, [_value(slots, n) for n in names])
 
-    def _rates(self, names: list[str]) -> Rates:
+    def _rates(self, names: list[str] | None = None) -> Rates:
+        if not self.learn_lr:
+            return Rates(self.lr)
+        names = self._names if names is None else names
         return rates_of(self.rates, names, self.lr, self.learn_lr, self.lr_per_step)
 
 
