@@ -1,5 +1,6 @@
-// linear layers of so few outputs that lanes along them would be empty, as the last of a regression
-// is: the weights lie as torch has them, [outputs][inputs], lanes along the inputs.
+// linear layers of so few outputs that many lanes along them would be empty, as the last of a
+// regression or of a 5-way classifier: the weights lie as torch has them, [outputs][inputs], lanes
+// along the inputs.
 //
 // Their other products are those of product.h, which calls these.
 #pragma once
@@ -9,7 +10,7 @@
 namespace fastmeta::engine::FASTMETA_ISA::narrow {
 
 template <class T>
-constexpr int64_t kMostOutputs = kWidth<T> >= 8 ? kWidth<T> / 4 : 1;
+constexpr int kMostOutputs = kWidth<T> * 5 / 8;
 
 // Inputs are whole vectors: what lies behind them is anything, and would enter the sums.
 template <class T>
@@ -25,34 +26,77 @@ struct Term {
   const T* w;
 };
 
-// y = bias + the sum of the terms, zeros in its padding: kWidth rows at a time, first as sums over
-// the inputs' lanes, one vector a row, then their totals with rows along the lanes.
+// Rows [row, row + kRows) of y = bias + the sum of the terms; zeros in the padding.
+template <class T, int kOutputs, int kRows, int kTerms>
+FASTMETA_INLINE void forward_rows(const Node& node, int64_t row, const Term<T> (&terms)[kTerms],
+                                  const T* bias, T* y) {
+  constexpr int kW = kWidth<T>;
+  const int64_t inputs = node.in.channels, ldx = node.in.ld, ldy = node.out.ld;
+  Vec<T> sum[kRows][kOutputs] = {};
+  FASTMETA_UNROLL
+  for (int t = 0; t < kTerms; ++t) {
+    const T* x = terms[t].x + row * ldx;
+    const T* w = terms[t].w;
+    for (int64_t i = 0; i < inputs; i += kW) {
+      Vec<T> weight[kOutputs];
+      FASTMETA_UNROLL
+      for (int o = 0; o < kOutputs; ++o) weight[o] = load(w + o * inputs + i);
+      FASTMETA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> in = load(x + r * ldx + i);
+        FASTMETA_UNROLL
+        for (int o = 0; o < kOutputs; ++o) sum[r][o] += in * weight[o];
+      }
+    }
+  }
+  FASTMETA_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    Vec<T> total{};
+    if constexpr (kOutputs <= 2) {
+      for (int o = 0; o < kOutputs; ++o) total[o] = hsum<T>(sum[r][o]);
+    } else {
+      Vec<T> lanes[kW] = {};
+      FASTMETA_UNROLL
+      for (int o = 0; o < kOutputs; ++o) lanes[o] = sum[r][o];
+      total = sum_lanes_of_each<T>(lanes);
+    }
+    store(y + (row + r) * ldy, bias != nullptr ? total + load(bias) : total);
+  }
+}
+
+template <class T, int kOutputs, int kTerms>
+static void forward_outputs(const Node& node, int64_t rows, const Term<T> (&terms)[kTerms],
+                            const T* bias, T* y) {
+  if constexpr (kOutputs <= kMostOutputs<T>) {
+    constexpr int kRows = kOutputs == 1 ? 8 : kOutputs <= 3 ? 4 : kOutputs == 4 ? 3 : 2;
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) {
+      forward_rows<T, kOutputs, kRows>(node, row, terms, bias, y);
+    }
+    for (; row < rows; ++row) forward_rows<T, kOutputs, 1>(node, row, terms, bias, y);
+  }
+}
+
+// y = bias + the sum of the terms.
 template <class T, int kTerms>
 static void forward(const Node& node, int64_t rows, const Term<T> (&terms)[kTerms], const T* bias,
                     T* y) {
-  constexpr int kW = kWidth<T>;
-  const int64_t inputs = node.in.channels, ldx = node.in.ld, ldy = node.out.ld;
-  for (int64_t first = 0; first < rows; first += kW) {
-    const int64_t count = min_of<int64_t>(kW, rows - first);
-    Vec<T> totals[kW] = {};  // of an output each
-    for (int64_t o = 0; o < node.out.channels; ++o) {
-      Vec<T> sum[kW] = {};
-      for (const Term<T>& term : terms) {
-        const T* w = term.w + o * inputs;
-        const T* x[kW];  // past the last row the last once more, so that loops over rows unroll
-        FASTMETA_UNROLL
-        for (int r = 0; r < kW; ++r) x[r] = term.x + (first + min_of<int64_t>(r, count - 1)) * ldx;
-        for (int64_t i = 0; i < inputs; i += kW) {
-          const Vec<T> weight = load(w + i);
-          FASTMETA_UNROLL
-          for (int r = 0; r < kW; ++r) sum[r] += weight * load(x[r] + i);
-        }
-      }
-      totals[o] = sum_lanes_of_each<T>(sum) + (bias != nullptr ? bias[o] : T(0));
-    }
-    transpose<T>(totals);
-    for (int64_t r = 0; r < count; ++r) store(y + (first + r) * ldy, totals[r]);
+#define FASTMETA_OUTPUTS(O) \
+  case O:                   \
+    return forward_outputs<T, O>(node, rows, terms, bias, y);
+  switch (node.out.channels) {
+    FASTMETA_OUTPUTS(1)
+    FASTMETA_OUTPUTS(2)
+    FASTMETA_OUTPUTS(3)
+    FASTMETA_OUTPUTS(4)
+    FASTMETA_OUTPUTS(5)
+    FASTMETA_OUTPUTS(6)
+    FASTMETA_OUTPUTS(7)
+    FASTMETA_OUTPUTS(8)
+    FASTMETA_OUTPUTS(9)
+    FASTMETA_OUTPUTS(10)
   }
+#undef FASTMETA_OUTPUTS
 }
 
 }  // namespace fastmeta::engine::FASTMETA_ISA::narrow
