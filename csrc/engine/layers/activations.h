@@ -150,56 +150,63 @@ int64_t scratch_bytes(const Node&, int64_t) {
   return 0;
 }
 
+// f(i) for the places of the output's vectors. What f uses it holds by value: a call that it refers
+// to would be read again after each store.
+template <class T, class F>
+FASTMETA_INLINE void over_vectors(const LayerCall<T>& call, F f) {
+  const int64_t n = output_size(*call.node, call.rows);
+  for (int64_t i = 0; i < n; i += kWidth<T>) f(i);
+}
+
 template <class T>
 void forward(const LayerCall<T>& call) {
-  const int64_t n = output_size(*call.node, call.rows);
   with_function<T>(*call.node, [&](const auto& function) {
-    for (int64_t i = 0; i < n; i += kWidth<T>) store(call.y + i, function(load(call.x + i)).value);
+    over_vectors(call, [=, x = call.x, y = call.y](int64_t i) {
+      store(y + i, function(load(x + i)).value);
+    });
   });
 }
 
 template <class T>
 void backward(const LayerCall<T>& call) {
-  const int64_t n = output_size(*call.node, call.rows);
   if (call.gx == nullptr) return;
   with_function<T>(*call.node, [&](const auto& function) {
-    for (int64_t i = 0; i < n; i += kWidth<T>) {
-      give(call.gx + i, load(call.gy + i) * function(load(call.x + i)).first, call.add_gx);
-    }
+    over_vectors(call, [=, x = call.x, gy = call.gy, gx = call.gx, add = call.add_gx](int64_t i) {
+      give(gx + i, load(gy + i) * function(load(x + i)).first, add);
+    });
   });
 }
 
 template <class T>
 void dual_forward(const LayerCall<T>& call) {
-  const int64_t n = output_size(*call.node, call.rows);
   if (call.dx == nullptr) {
     forward(call);
-    clear(call.dy, n);
+    clear(call.dy, output_size(*call.node, call.rows));
     return;
   }
   with_function<T>(*call.node, [&](const auto& function) {
-    for (int64_t i = 0; i < n; i += kWidth<T>) {
-      const auto at = function(load(call.x + i));
-      store(call.y + i, at.value);
-      store(call.dy + i, at.first * load(call.dx + i));
-    }
+    over_vectors(call, [=, x = call.x, dx = call.dx, y = call.y, dy = call.dy](int64_t i) {
+      const auto at = function(load(x + i));
+      store(y + i, at.value);
+      store(dy + i, at.first * load(dx + i));
+    });
   });
 }
 
 template <class T>
 void dual_backward(const LayerCall<T>& call) {
-  const int64_t n = output_size(*call.node, call.rows);
   with_function<T>(*call.node, [&](const auto& function) {
-    for (int64_t i = 0; i < n; i += kWidth<T>) {
-      const auto at = function(load(call.x + i));
-      const Vec<T> gy = load(call.gy + i);
-      if (call.gx != nullptr) give(call.gx + i, gy * at.first, call.add_gx);
-      if (call.dgx != nullptr) {
-        Vec<T> v = load(call.dgy + i) * at.first;
-        if (call.dx != nullptr) v += gy * at.second * load(call.dx + i);
-        give(call.dgx + i, v, call.add_gx);
+    over_vectors(call, [=, x = call.x, dx = call.dx, gy = call.gy, dgy = call.dgy, gx = call.gx,
+                        dgx = call.dgx, add = call.add_gx](int64_t i) {
+      const auto at = function(load(x + i));
+      const Vec<T> g = load(gy + i);
+      if (gx != nullptr) give(gx + i, g * at.first, add);
+      if (dgx != nullptr) {
+        Vec<T> v = load(dgy + i) * at.first;
+        if (dx != nullptr) v += g * at.second * load(dx + i);
+        give(dgx + i, v, add);
       }
-    }
+    });
   });
 }
 
