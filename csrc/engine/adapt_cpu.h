@@ -1,5 +1,6 @@
 // The loops over tasks, steps and back: instantiated for float and double by adapt_*_cpu.cpp.
 #pragma once
+#include <atomic>
 #include <vector>
 
 #include "engine/task.h"
@@ -74,23 +75,44 @@ class Run {
     import_rates(rates);
     const Common<T> common{args_, plan_, wants_, buffers, theta, weights, shared, rates};
     common_ = &common;
+    next_group_ = 0;
     par(
-        groups_, 1,
-        [](void* context, int64_t begin, int64_t end) {
-          Run& run = *static_cast<Run*>(context);
-          task_memory.reset(Scratch::size_of<T>(run.common_->buffers.total));
-          Task<T> task(*run.common_, task_memory.take<T>(run.common_->buffers.total));
-          for (int64_t g = begin; g < end; ++g) {
-            run.group(task, g);
-            run.add_complete_pairs(begin, g + 1);
-          }
-        },
+        groups_, 1, [](void* context, int64_t, int64_t) { static_cast<Run*>(context)->work(); },
         this);
     sum_groups();
     write_loss(losses_);
   }
 
  private:
+  // What each thread does: groups, as long as there are any. A thread that comes late, or that the
+  // machine takes away for a while, leaves them to the others; which thread does a group changes no
+  // result.
+  void work() {
+    int64_t begin = 0, end = 0;
+    if (!take_groups(&begin, &end)) return;
+    const int64_t total = common_->buffers.total;
+    task_memory.reset(Scratch::size_of<T>(total));
+    Task<T> task(*common_, task_memory.take<T>(total));
+    do {
+      for (int64_t g = begin; g < end; ++g) {
+        group(task, g);
+        add_complete_pairs(begin, g + 1);
+      }
+    } while (take_groups(&begin, &end));
+  }
+
+  // Several at once in the beginning, whose sums then need no other thread: powers of two, from
+  // multiples of them on.
+  bool take_groups(int64_t* begin, int64_t* end) {
+    *begin = next_group_.load(std::memory_order_relaxed);
+    do {
+      const int64_t left = groups_ - *begin;
+      if (left <= 0) return false;
+      *end = *begin + (left > 16 ? 4 : left > 8 ? 2 : 1);
+    } while (!next_group_.compare_exchange_weak(*begin, *end, std::memory_order_relaxed));
+    return true;
+  }
+
   // The mean over the tasks, in their order; of no tasks NaN, as torch's.
   void write_loss(const double* losses) const {
     if (mode_ != Mode::kMetaStep) return;
@@ -127,7 +149,7 @@ class Run {
     T* sums = group_gradients_ + g * group_size_;
     Task<T>::zero(sums, group_size_);
     const int64_t begin = g * args_.tasks / groups_, end = (g + 1) * args_.tasks / groups_;
-    for (int64_t t = begin; t < end; ++t) one(task, t, sums);
+    for (int64_t t = begin; t < end; ++t) one(task, t, t == begin, sums);
   }
 
   // theta_k of the task at hand, for the backward pass.
@@ -155,7 +177,7 @@ class Run {
     return theta;
   }
 
-  void one(Task<T>& task, int64_t t, T* sums) {
+  void one(Task<T>& task, int64_t t, bool first, T* sums) {
     task.begin(t);
     const T* last = mode_ == Mode::kBackward ? theta_at(task, t, args_.steps) : descend(task, t);
     if (mode_ == Mode::kAdapt && args_.adapted != nullptr) export_adapted(task, last, t);
@@ -169,16 +191,17 @@ class Run {
       const T scale = T(1) / static_cast<T>(args_.tasks);
       losses_[t] = args_.queries > 0 ? task.query_loss(scale) : 0;
     }
-    if (wants_.backward) back(task, t, last, from_prediction && args_.queries > 0, sums);
+    if (wants_.backward) back(task, t, last, from_prediction && args_.queries > 0, first, sums);
   }
 
-  void back(Task<T>& task, int64_t t, const T* last, bool from_prediction, T* sums) {
+  void back(Task<T>& task, int64_t t, const T* last, bool from_prediction, bool first, T* sums) {
     const int64_t size = plan_.fast.size;
     T* shared = wants_.shared ? sums + size : nullptr;
     T* weights = sums + size + plan_.shared.size;
     T* rates = wants_.rates ? weights + plan_.factored_size : nullptr;
-    T* lambda = task.cotangent();
-    Task<T>::zero(lambda, size);
+    // The first task of a group gathers in the group's sums themselves.
+    T* lambda = task.gather_in(first ? sums : nullptr);
+    if (!first) Task<T>::zero(lambda, size);
     if (mode_ == Mode::kBackward && gradients_->adapted != nullptr) {
       import_adapted(task, last, lambda, weights, t);
     }
@@ -198,7 +221,7 @@ class Run {
     task.finish(from_prediction, weights, shared);
     task.export_input_gradients(static_cast<T*>(gradients_->support_x),
                                 static_cast<T*>(gradients_->query_x), from_prediction);
-    for (int64_t i = 0; i < size; ++i) sums[i] += lambda[i];
+    for (int64_t i = 0; !first && i < size; ++i) sums[i] += lambda[i];
   }
 
   void import_list(const ParamList& list, const void* const* from, T* to) const {
@@ -345,6 +368,7 @@ class Run {
   T* group_gradients_ = nullptr;
   double* losses_ = nullptr;  // of each task
   std::vector<char> added_;
+  std::atomic<int64_t> next_group_{0};
   const Common<T>* common_ = nullptr;
 };
 

@@ -248,7 +248,9 @@ class Task {
   }
 
   T* gradient() const { return at(b_.gradient); }
-  T* cotangent() const { return at(b_.cotangent); }
+  T* cotangent() const { return cotangent_; }
+  // Where the cotangent of the adapted parameters is kept: there, or in the task's own memory.
+  T* gather_in(T* place) { return cotangent_ = place != nullptr ? place : at(b_.cotangent); }
   T* trajectory() const { return at(b_.trajectory); }
 
   static void zero(T* p, int64_t n) { std::fill(p, p + n, T(0)); }
@@ -415,6 +417,7 @@ class Task {
   const Buffers<T>& b_;
   Calls<T> calls_;
   T* memory_;
+  T* cotangent_ = nullptr;
   std::vector<FactoredLayer<T>> factored_;
   std::vector<int> factored_at_;      // of each value: which of factored_ makes it, -1 if none
   std::vector<bool> updates_itself_;  // of each adapted parameter (support_pass)
