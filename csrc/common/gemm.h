@@ -202,7 +202,8 @@ inline constexpr Vec<T> kZeroRow[kPanelVectors + 1] = {};  // as wide as a panel
 
 // C[m, cols] = start + alpha * the sum of one or two products.
 template <class T, int kTerms>
-static void gemm(int64_t m, const GemmTerm<T> (&terms)[kTerms], Matrix<T> c, GemmStart<T> start) {
+FASTMETA_INLINE void gemm(int64_t m, const GemmTerm<T> (&terms)[kTerms], Matrix<T> c,
+                          GemmStart<T> start) {
   constexpr int64_t kBlock = 384;  // rows of B: a panel's share stays in the first-level cache
   if (m <= 0) return;
   if constexpr (kTerms == 2) {
@@ -312,12 +313,20 @@ static void transpose_rows(ConstMatrix<T> w, int64_t row, int64_t rows, int64_t 
         const int64_t stride = w.stride(w.panel_of(j0));
         const T* from = w.at(0, j0);
         Vec<T> r[kW];
+        const int64_t count = min_of<int64_t>(kW, cols - j0), ldo = out.stride(q);
+        T* at = out.panel(q) + (to + j0) * ldo + v;
+        if (n >= kW && count == kW) {  // the array stays in registers
+          FASTMETA_UNROLL
+          for (int i = 0; i < kW; ++i) r[i] = load(from + (row + i0 + i) * stride);
+          transpose<T>(r);
+          FASTMETA_UNROLL
+          for (int j = 0; j < kW; ++j) store(at + j * ldo, r[j]);
+          continue;
+        }
         for (int i = 0; i < kW; ++i) {
           r[i] = i < n ? load(from + (row + i0 + i) * stride) : Vec<T>{};
         }
         transpose<T>(r);
-        const int64_t count = min_of<int64_t>(kW, cols - j0), ldo = out.stride(q);
-        T* at = out.panel(q) + (to + j0) * ldo + v;
         for (int64_t j = 0; j < count; ++j) store(at + j * ldo, r[j]);
       }
     }
