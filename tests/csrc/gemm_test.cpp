@@ -37,10 +37,7 @@ class Owned {
       for (int64_t j = 0; j < used; ++j) at(i, j) = draw(random);
     }
   }
-  T& at(int64_t i, int64_t j) {
-    const int64_t p = j / kPanel<T>;
-    return matrix_.panel(p)[i * matrix_.stride(p) + j - p * kPanel<T>];
-  }
+  T& at(int64_t i, int64_t j) { return *matrix_.at(i, j); }
   Matrix<T> matrix() { return matrix_; }
   ConstMatrix<T> fixed() const { return {data_.data(), matrix_.rows, matrix_.cols, matrix_.ld}; }
   int64_t used() const { return used_; }
@@ -56,26 +53,42 @@ double bound(int64_t k) {
   return 4 * static_cast<double>(k + 4) * std::numeric_limits<T>::epsilon();
 }
 
+enum class Beginning { kZero, kBias, kFrom };
+
+// One product, or two, the second as deep as the first or not.
 template <class T>
-void check_products(int64_t m, int64_t n, int64_t k, bool panels, bool transposed_a) {
+void check_products(int64_t m, int64_t n, int64_t k, bool panels, bool transposed_a, T alpha,
+                    Beginning beginning) {
   std::mt19937 random(static_cast<unsigned>(m * 131 + n * 17 + k));
   std::uniform_real_distribution<T> draw(-1, 1);
-  std::vector<T> a(m * k), bias(padded<T>(n), T(0));
-  for (T& x : a) x = draw(random);
+  const int64_t more = k / 2 + 1;
+  std::vector<T> a(m * k), a2(m * more), bias(padded<T>(n), T(0));
+  for (std::vector<T>* list : {&a, &a2}) {
+    for (T& x : *list) x = draw(random);
+  }
   for (int64_t j = 0; j < n; ++j) bias[j] = draw(random);
   const int64_t rs = transposed_a ? 1 : k, cs = transposed_a ? m : 1;
-  Owned<T> b(k, n, panels, random), c(m, n, panels, random), out(m, n, panels, random);
-  const T alpha = T(-0.5);
-  GemmStart<T> start{alpha, bias.data(), c.fixed().data};
-  gemm<T>(m, k, a.data(), rs, cs, b.fixed(), out.matrix(), start);
+  Owned<T> b(k, n, panels, random), b2(more, n, panels, random), c(m, n, panels, random);
+  Owned<T> one(m, n, panels, random), two(m, n, panels, random);
+  const GemmStart<T> start{alpha, beginning == Beginning::kBias ? bias.data() : nullptr,
+                           beginning == Beginning::kFrom ? c.fixed().data : nullptr};
+  const GemmTerm<T> terms[2] = {{a.data(), rs, cs, k, b.fixed()},
+                                {a2.data(), more, 1, more, b2.fixed()}};
+  gemm<T>(m, k, a.data(), rs, cs, b.fixed(), one.matrix(), start);
+  gemm<T>(m, terms, two.matrix(), start);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      long double sum = 0;
+      long double want = beginning == Beginning::kBias   ? bias[j]
+                         : beginning == Beginning::kFrom ? c.at(i, j)
+                                                         : T(0);
       for (int64_t q = 0; q < k; ++q) {
-        sum += static_cast<long double>(a[i * rs + q * cs]) * static_cast<long double>(b.at(q, j));
+        want += static_cast<long double>(alpha) * a[i * rs + q * cs] * b.at(q, j);
       }
-      const long double want = alpha * sum + bias[j] + c.at(i, j);
-      ASSERT_NEAR(out.at(i, j), want, bound<T>(k)) << m << ' ' << n << ' ' << k << ' ' << panels;
+      ASSERT_NEAR(one.at(i, j), want, bound<T>(k)) << m << ' ' << n << ' ' << k << ' ' << panels;
+      for (int64_t q = 0; q < more; ++q) {
+        want += static_cast<long double>(alpha) * a2[i * more + q] * b2.at(q, j);
+      }
+      ASSERT_NEAR(two.at(i, j), want, bound<T>(k + more)) << m << ' ' << n << ' ' << k;
     }
   }
 }
@@ -114,7 +127,11 @@ void check_all() {
     for (int64_t n : {1, 5, 8, 16, 17, 24, 40, 70}) {
       for (int64_t k : {0, 1, 9, 40, 385, 800}) {
         for (bool panels : {false, true}) {
-          check_products<T>(m, n, k, panels, (m + k) % 2 == 0);
+          for (T alpha : {T(1), T(-0.5)}) {
+            for (Beginning b : {Beginning::kZero, Beginning::kBias, Beginning::kFrom}) {
+              check_products<T>(m, n, k, panels, (m + k) % 2 == 0, alpha, b);
+            }
+          }
           if (k > 0) check_transposed<T>(m, n, k, panels);
         }
       }
