@@ -178,7 +178,9 @@ class Run {
   }
 
   void one(Task<T>& task, int64_t t, bool first, T* sums) {
-    task.begin(t);
+    const bool wanted = wants_.backward;
+    task.begin(t, static_cast<T*>(wanted ? gradients_->support_x : nullptr),
+               static_cast<T*>(wanted ? gradients_->query_x : nullptr));
     const T* last = mode_ == Mode::kBackward ? theta_at(task, t, args_.steps) : descend(task, t);
     if (mode_ == Mode::kAdapt && args_.adapted != nullptr) export_adapted(task, last, t);
     const bool from_prediction =

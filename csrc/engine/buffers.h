@@ -29,6 +29,14 @@ class Buffers {
     std::vector<std::unique_ptr<convolution::Places<T>>> places;  // likewise; convolutions alone
   };
 
+  // Places from kOutside on are no part of the task's memory, but with the caller: the input's rows
+  // and their gradients, where these lie in tensors as they would here.
+  enum Outside { kSupportX, kQueryX, kSupportGradient, kQueryGradient, kNumOutside };
+  static constexpr int64_t kOutside = int64_t{1} << 62;
+  static bool lies_alike(const Shape& input) {
+    return input.ld == input.channels && (input.channels == 1 || input.pixels() == 1);
+  }
+
   // one_pass: the steps' sweep back follows the steps at once, in the same memory.
   Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, bool one_pass) {
     const int values = static_cast<int>(plan.shapes.size());
@@ -55,8 +63,13 @@ class Buffers {
       for (auto* list : {&p.y, &p.dy, &p.gy, &p.dgy}) list->assign(values, -1);
       p.saved.assign(values, -1);
       p.places.resize(values);
+      // The input's values and cotangents may lie with the caller.
+      const auto take_value = [&](int v, Outside of_input) {
+        const int64_t size = rows * plan.shapes[v].row();
+        return v == 0 && lies_alike(plan.shapes[0]) ? kOutside + of_input : take(size);
+      };
       const auto place_value = [&](int v) {
-        p.y[v] = take(rows * plan.shapes[v].row());
+        p.y[v] = take_value(v, query ? kQueryX : kSupportX);
         if (v == 0) return;
         const Node& n = plan.nodes[v - 1];
         const bool is_product = n.kind == Kind::kLinear || n.kind == Kind::kConv2d;
@@ -76,13 +89,16 @@ class Buffers {
         if (query || !dynamic) place_value(v);
         if (query) {
           const bool wanted = wants.backward && (dynamic || query_wanted[v]);
-          if (wanted) p.gy[v] = replaces(plan, p, v) ? p.gy[plan.nodes[v - 1].input] : take(size);
+          if (wanted) {
+            const bool beside = !replaces(plan, p, v);
+            p.gy[v] = beside ? take_value(v, kQueryGradient) : p.gy[plan.nodes[v - 1].input];
+          }
         } else if (wants.second_order) {
           if (dynamic) {
             p.dy[v] = take(size);
             p.dgy[v] = take(size);
           } else if (support_wanted[v]) {
-            p.gy[v] = take(size);  // its cotangent, gathered over the steps
+            p.gy[v] = take_value(v, kSupportGradient);  // its cotangent, gathered over the steps
           }
         }
       }
@@ -179,6 +195,18 @@ class Buffers {
     const int64_t place = total;
     total += ceil_div(size, kAlign) * kAlign;
     return place;
+  }
+};
+
+// A thread's memory, and what lies with the caller of the task at hand.
+template <class T>
+struct Memory {
+  T* own;
+  T* outside[Buffers<T>::kNumOutside] = {};
+
+  T* at(int64_t place) const {
+    constexpr int64_t kOutside = Buffers<T>::kOutside;
+    return place < kOutside ? own + place : outside[place - kOutside];
   }
 };
 

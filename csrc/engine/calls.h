@@ -31,18 +31,20 @@ struct Moment {
 template <class T>
 class Calls {
  public:
-  Calls(const Common<T>& common, T* memory) : c_(common), b_(common.buffers), memory_(memory) {
+  Calls(const Common<T>& common, const Memory<T>& memory)
+      : c_(common), b_(common.buffers), memory_(memory) {
     const size_t nodes = c_.plan.nodes.size();
     support_.resize(nodes);
     query_.resize(nodes);
     if (c_.wants.second_order) dual_.resize(nodes);
-    for (int v = 1; v <= static_cast<int>(nodes); ++v) {
-      if (!c_.plan.live[v]) continue;
-      prepare(b_.support, v, c_.args.supports, false, &support_[v - 1]);
-      prepare(b_.query, v, c_.args.queries, false, &query_[v - 1]);
-      if (c_.wants.second_order && !c_.plan.is_static[v]) {
-        prepare(b_.support, v, c_.args.supports, true, &dual_[v - 1]);
-      }
+    for (int v = 1; v <= static_cast<int>(nodes); ++v) prepare_all(v);
+  }
+
+  // The input lies elsewhere.
+  void set_inputs() {
+    for (int v = 1; v <= static_cast<int>(c_.plan.nodes.size()); ++v) {
+      const Node& n = c_.plan.nodes[v - 1];
+      if (n.input == 0 || n.input2 == 0) prepare_all(v);
     }
   }
 
@@ -86,11 +88,21 @@ class Calls {
     T* gx2 = nullptr;
   };
 
-  T* at(int64_t place) const { return place >= 0 ? memory_ + place : nullptr; }
+  T* at(int64_t place) const { return place >= 0 ? memory_.at(place) : nullptr; }
+
+  void prepare_all(int v) {
+    if (!c_.plan.live[v]) return;
+    prepare(b_.support, v, c_.args.supports, false, &support_[v - 1]);
+    prepare(b_.query, v, c_.args.queries, false, &query_[v - 1]);
+    if (c_.wants.second_order && !c_.plan.is_static[v]) {
+      prepare(b_.support, v, c_.args.supports, true, &dual_[v - 1]);
+    }
+  }
 
   void prepare(const Pass& p, int v, int64_t rows, bool dual, Prepared* made) const {
     const Node& n = c_.plan.nodes[v - 1];
     const bool support = &p == &b_.support;
+    *made = Prepared{};
     LayerCall<T>& x = made->call;
     x.node = &n;
     x.rows = rows;
@@ -186,7 +198,7 @@ class Calls {
 
   const Common<T>& c_;
   const Buffers<T>& b_;
-  T* memory_;
+  const Memory<T>& memory_;
   std::vector<Prepared> support_, dual_, query_;  // of value v at v - 1
 };
 

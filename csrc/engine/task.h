@@ -10,7 +10,7 @@ template <class T>
 class Task {
  public:
   Task(const Common<T>& common, T* memory)
-      : c_(common), b_(common.buffers), calls_(common, memory), memory_(memory) {
+      : c_(common), b_(common.buffers), memory_{memory}, calls_(common, memory_) {
     factored_at_.assign(values(), -1);
     for (size_t i = 0; i < c_.plan.factored.size(); ++i) {
       const Node& n = c_.plan.nodes[c_.plan.factored[i].value - 1];
@@ -29,19 +29,28 @@ class Task {
     }
   }
 
-  // Reads the task's inputs and runs what no step changes.
-  void begin(int64_t task) {
+  // Reads the task's inputs and runs what no step changes. The inputs' gradients, where wanted, are
+  // those of all tasks.
+  void begin(int64_t task, T* support_gradient, T* query_gradient) {
     task_ = task;
     const Shape& in = c_.plan.shapes[0];
     const int64_t row = in.channels * in.pixels();
     const Adapt& a = c_.args;
-    if (c_.plan.live[0]) {
-      import_rows(in, a.supports, static_cast<const T*>(a.support_x) + task * a.supports * row,
-                  at(b_.support.y[0]));
-      if (a.queries > 0) {
-        import_rows(in, a.queries, static_cast<const T*>(a.query_x) + task * a.queries * row,
-                    at(b_.query.y[0]));
-      }
+    const auto of_task = [&](const void* all, int64_t rows) -> T* {
+      if (all == nullptr) return nullptr;
+      return const_cast<T*>(static_cast<const T*>(all)) + task * rows * row;  // x is read alone
+    };
+    T* const support_x = of_task(a.support_x, a.supports);
+    T* const query_x = of_task(a.query_x, a.queries);
+    if (Buffers<T>::lies_alike(in)) {
+      memory_.outside[Buffers<T>::kSupportX] = support_x;
+      memory_.outside[Buffers<T>::kQueryX] = query_x;
+      memory_.outside[Buffers<T>::kSupportGradient] = of_task(support_gradient, a.supports);
+      memory_.outside[Buffers<T>::kQueryGradient] = of_task(query_gradient, a.queries);
+      calls_.set_inputs();
+    } else if (c_.plan.live[0]) {
+      import_rows(in, a.supports, support_x, at(b_.support.y[0]));
+      if (a.queries > 0) import_rows(in, a.queries, query_x, at(b_.query.y[0]));
     }
     const Moment<T> beginning{c_.theta, 0, 0, task};
     for (int v = 1; v < values(); ++v) {
@@ -219,10 +228,10 @@ class Task {
     const auto write = [&](int64_t place, int64_t rows, T* out) {
       if (out == nullptr) return;
       out += task_ * rows * row;
-      if (place >= 0 && c_.plan.live[0]) {
-        export_rows(s, rows, at(place), out);
-      } else {
+      if (place < 0 || !c_.plan.live[0]) {
         zero(out, rows * row);
+      } else if (place < Buffers<T>::kOutside) {
+        export_rows(s, rows, at(place), out);
       }
     };
     const bool static_input = c_.wants.second_order && c_.plan.is_static[0];
@@ -315,7 +324,7 @@ class Task {
   }
 
   int values() const { return static_cast<int>(c_.plan.shapes.size()); }
-  T* at(int64_t place) const { return memory_ + place; }
+  T* at(int64_t place) const { return memory_.at(place); }
   void clear(int64_t place, int v) { zero(at(place), c_.args.supports * c_.plan.shapes[v].row()); }
 
   int64_t rate_row(int64_t step) const { return c_.args.rate_rows == 1 ? 0 : step; }
@@ -415,8 +424,8 @@ class Task {
 
   const Common<T>& c_;
   const Buffers<T>& b_;
+  Memory<T> memory_;
   Calls<T> calls_;
-  T* memory_;
   T* cotangent_ = nullptr;
   std::vector<FactoredLayer<T>> factored_;
   std::vector<int> factored_at_;      // of each value: which of factored_ makes it, -1 if none
