@@ -403,6 +403,7 @@ class Engine:
         tensors = [held[key] for held, key in fast]
         others = [held[key] for held, key in shared]
         if ready.weighted:
+            assert isinstance(self._loss, NamedLoss)
             others.append(self._loss.weight)
         operands = tensors, others, self._rates(rates, steps, ready.places, tensors[0])
         supports, queries = Supports(support_x, support_y), Supports(query_x, query_y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import operator
 import types
 from typing import Any
 
@@ -23,6 +24,9 @@ IMMUTABLE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, tor
 
 #: What is looked at elsewhere, or holds no options.
 OPAQUE = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+#: What may change of a tensor that stays the same object.
+ASKED = operator.attrgetter("requires_grad", "dtype", "device", "shape")
 
 #: Containers of more items are data.
 MOST_ITEMS = 1000
@@ -72,12 +76,14 @@ class Structure:
             self._meet(other, 0)
         # Of most of what a module holds nothing is in use; to ask takes less than to compare.
         self._empty = [now for now, was in self._watched if type(now) in SIZED and not was]
-        self._watched = [w for w in self._watched if type(w[0]) not in SIZED or w[1]]
+        watched = [w for w in self._watched if type(w[0]) not in SIZED or w[1]]
+        self._now, self._before = [w[0] for w in watched], [w[1] for w in watched]
         self._hooked = [len(h) for h in self._hooks] if any(self._hooks) else None
         self._tensors = [slot for places in self.slots.values() for slot in places]
         self._tensors += self.buffers.values()
         self._state = self._look()
         self._seen.clear()
+        self._watched.clear()
 
     def _watch(self, attributes: dict[str, Any], depth: int = 0) -> None:
         self._watched.append((attributes, _copied(attributes)))
@@ -112,11 +118,8 @@ class Structure:
     def same(self) -> bool:
         """Whether nothing has changed but the numbers."""
         try:
-            if any(self._empty):
+            if any(self._empty) or self._now != self._before:
                 return False
-            for now, before in self._watched:
-                if now != before:
-                    return False
             if self._hooked is not None and [len(h) for h in self._hooks] != self._hooked:
                 return False
             return (self._hooked is not None or not any(self._hooks)) and (
@@ -126,9 +129,9 @@ class Structure:
             # Another tensor in a place compares number by number, and has no truth value.
             return False
 
-    def _look(self) -> list[Any]:
-        tensors = (held[key] for held, key in self._tensors)
-        return [(id(t), t.requires_grad, t.dtype, t.device, t.shape) for t in tensors]
+    def _look(self) -> tuple[list[int], list[Any]]:
+        tensors = [held[key] for held, key in self._tensors]
+        return list(map(id, tensors)), list(map(ASKED, tensors))
 
     def slot(self, name: str) -> tuple[dict[str, Any], str]:
         """Where the parameter or buffer of this name is."""

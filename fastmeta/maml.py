@@ -364,7 +364,7 @@ class MAML(nn.Module):
     def _meta_loss(self, given: tuple[Tensor, ...], backward: bool) -> Tensor:
         self._look_at_criterion()
         runner, rates, options = self._runner, self._rates(), (self.steps, self.first_order)
-        recalled = runner.recall(self._modules["model"], rates, given, *options, backward)
+        recalled = runner.recall(self.model, rates, given, *options, backward)
         if recalled is not None:
             return recalled
         call = "MAML.backward" if backward else "MAML.loss"
