@@ -78,7 +78,7 @@ Result evaluate(const Problem& of, bool dual) {
   if (!std::isnan(to.value)) expect_near({again}, {to.value}, tolerance, "value again");
   to.g = unpack(of, g, s);
   dual ? loss_dual(call) : loss_gradient(call);
-  expect_near(unpack(of, g, s), to.g, tolerance, "gradient again");
+  if (!std::isnan(to.value)) expect_near(unpack(of, g, s), to.g, tolerance, "gradient again");
   if (dual) to.dg = unpack(of, dg, s);
   return to;
 }

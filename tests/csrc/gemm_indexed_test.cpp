@@ -32,8 +32,7 @@ std::vector<T> drawn(int64_t n, std::mt19937& random) {
 // Element (i, j) of a matrix in rows or panels.
 template <class T>
 T at(const Matrix<T>& m, int64_t i, int64_t j) {
-  const int64_t p = j / kPanel<std::remove_const_t<T>>;
-  return m.panel(p)[i * m.stride(p) + j - p * kPanel<std::remove_const_t<T>>];
+  return *m.at(i, j);
 }
 
 // A of `terms` matrices reads single numbers of a table in any order; C's rows lie in reverse, a

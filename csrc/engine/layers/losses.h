@@ -107,7 +107,7 @@ double cross_entropy(const LossCall<T>& call) {
       for (int k = 0; k < kW; ++k) own[k] *= label[k] >= 0 ? call.weight[label[k]] : T(0);
     }
     own = where<T>(counts, own);
-    Vec<T> block[kW], dblock[kW];
+    Vec<T> block[kW] = {}, dblock[kW] = {};
     Vec<T> top = splat<T>(-std::numeric_limits<T>::infinity());
     for (int64_t c0 = 0; c0 < classes; c0 += kW) {
       rows.load_classes(call.prediction, c0, block);
