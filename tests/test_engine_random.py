@@ -32,6 +32,9 @@ def _mlp(chance):
         elif norm < 0.35:
             layers.append(nn.BatchNorm1d(after, track_running_stats=False))
         layers.append(_activation(chance))
+    if chance.random() < 0.3:  # before anything that has weights
+        first = nn.BatchNorm1d(sizes[0], track_running_stats=False)
+        layers.insert(0, chance.choice([first, _activation(chance), nn.LayerNorm(sizes[0])]))
     return layers, (sizes[0],), sizes[-1]
 
 
@@ -127,3 +130,23 @@ def test_engine_agrees_with_the_loop(seed):
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         results.append([value.detach(), *grads])
     assert _error(*results) < 1e-8
+
+
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize("first", [lambda width: nn.Tanh(), nn.BatchNorm1d, nn.LayerNorm])
+def test_layers_of_numbers_come_first(first, width):
+    """Inputs of whole vectors, and their gradients, stay where the caller has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(first(width), nn.Sigmoid(), nn.Linear(width, 3)).double()
+    inputs = [torch.randn(2, 5, width).double() for _ in range(2)]
+    targets = [torch.randn(2, 5, 3).double() for _ in range(2)]
+    results = []
+    for strategy in ("engine", "loop"):
+        x = [i.clone().requires_grad_() for i in inputs]
+        stale = [torch.full((2, 5, width), 123.0).double() for _ in range(50)]
+        del stale  # what new tensors are made of
+        maml = fm.MAML(model, lr=0.1, steps=2, loss="mse", strategy=strategy)
+        value = maml.loss(x[0], targets[0], x[1], targets[1])
+        grads = torch.autograd.grad(value, [*model.parameters(), *x])
+        results.append([value.detach(), *grads])
+    assert _error(*results) < 1e-10

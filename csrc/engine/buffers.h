@@ -162,12 +162,14 @@ class Buffers {
 
  private:
   // Whether a value's cotangent may lie where its input's will: the layer works number by number
-  // then, and nobody else adds to that. In the queries alone, whose cotangents are used once.
+  // then, and nobody else adds to that. In the queries alone, whose cotangents are used once, and
+  // not with the caller, whose places only the readers of the input follow.
   static bool replaces(const Plan<T>& plan, const Pass& p, int v) {
     if (v == 0) return false;
     const Node& n = plan.nodes[v - 1];
     const bool each = n.kind == Kind::kBatchNorm || layers::is_activation(n.kind);
-    return each && plan.readers[n.input] == 1 && p.gy[n.input] >= 0;
+    const bool here = p.gy[n.input] >= 0 && p.gy[n.input] < kOutside;
+    return each && plan.readers[n.input] == 1 && here;
   }
 
   static constexpr int64_t kAlign = 64 / sizeof(T);
