@@ -92,7 +92,9 @@ def overview(
             bar = axis.barh(
                 position + 0.2 * (offset - 1.5), best["times_ours"], 0.18, color=COLOURS[kind]
             )
-            axis.bar_label(bar, [f"{best['name']} {best['times_ours']:.2g}"], padding=3, fontsize=7)
+            times = best["times_ours"]
+            number = f"{times:.2g}" if times < 10 else f"{times:.0f}"
+            axis.bar_label(bar, [f"{best['name']} {number}"], padding=3, fontsize=7)
     axis.set_yticks(range(len(summaries)), [s["case"] for s in summaries], fontsize=8)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
