@@ -134,7 +134,7 @@ def test_engine_agrees_with_the_loop(seed):
 
 @pytest.mark.parametrize("width", [5, 16])
 @pytest.mark.parametrize("first", [lambda width: nn.Tanh(), nn.BatchNorm1d, nn.LayerNorm])
-def test_layers_of_numbers_come_first(first, width):
+def test_activations_and_norms_come_first(first, width):
     """Inputs of whole vectors, and their gradients, stay where the caller has them."""
     torch.manual_seed(0)
     model = nn.Sequential(first(width), nn.Sigmoid(), nn.Linear(width, 3)).double()

@@ -8,6 +8,8 @@
 //
 // A tile's sums stay in registers: 6 x 2 or 4 x 3 vectors of 16 registers, 6 x 4 of 32.
 #pragma once
+#include <type_traits>
+
 #include "common/vec.h"
 
 namespace fastmeta::FASTMETA_ISA {
@@ -64,22 +66,17 @@ struct GemmStart {
   const T* from = nullptr;  // as C; may be C's own data
 };
 
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
-
-// f(Number<vectors>{}), for the widths that panels have.
+// f(std::integral_constant<int, vectors>{}), for the widths that panels have.
 template <class F>
 FASTMETA_INLINE void with_vectors(int64_t vectors, F&& f) {
   if (vectors == 1) {
-    f(Number<1>{});
+    f(std::integral_constant<int, 1>{});
   } else if (vectors == 2) {
-    f(Number<2>{});
+    f(std::integral_constant<int, 2>{});
   } else if (vectors == 3) {
-    f(Number<3>{});
+    f(std::integral_constant<int, 3>{});
   } else if constexpr (kPanelVectors == 4) {
-    f(Number<4>{});
+    f(std::integral_constant<int, 4>{});
   }
 }
 

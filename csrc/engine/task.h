@@ -344,7 +344,7 @@ class Task {
     }
   }
 
-  // f(parameter, begin, end, rates or nullptr, rate), which may be all at once where all have one.
+  // f(parameter, begin, end, rates or nullptr, rate); all at once where each number has its rate.
   template <class F>
   void each_rate(int64_t step, F f) const {
     if (c_.args.rate_each_number()) {

@@ -193,6 +193,13 @@ FASTMETA_TEST(NothingCounts) {
   EXPECT_EQ(got.value, 0);
   EXPECT_EQ(got.g, Numbers(6));
   EXPECT_EQ(got.dg, Numbers(6));
+  p.labels = {0, 1};  // of classes without weight
+  p.weight = {0, 0, 1};
+  p.prediction[4] = std::nan("");
+  got = evaluate<double>(p, true);
+  EXPECT_EQ(got.value, 0);
+  EXPECT_EQ(got.g, Numbers(6));
+  EXPECT_EQ(got.dg, Numbers(6));
   for (LossKind kind :
        {LossKind::kCrossEntropy, LossKind::kMse, LossKind::kHuber, LossKind::kBce}) {
     EXPECT_EQ(evaluate<float>(make(kind, 0, shape(3), random), true).value, 0);

@@ -7,6 +7,12 @@
 
 namespace fastmeta::engine::FASTMETA_ISA {
 
+// v where the mask is set, zeros elsewhere, whatever v is there.
+template <class T>
+FASTMETA_INLINE Vec<T> where(IntVec<T> mask, Vec<T> v) {
+  return from_bits<T>(bits_of<T>(v) & mask);
+}
+
 // The first n lanes of v, zeros behind them; n may be more than there are, or negative.
 template <class T>
 FASTMETA_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
@@ -14,7 +20,7 @@ FASTMETA_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
   IntVec<T> lane{};
   FASTMETA_UNROLL
   for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
-  return from_bits<T>(bits_of<T>(v) & (lane < static_cast<int>(max_of<int64_t>(n, 0))));
+  return where<T>(lane < static_cast<int>(max_of<int64_t>(n, 0)), v);
 }
 
 // What a cotangent's place receives: written, or added.

@@ -79,11 +79,6 @@ FASTMETA_INLINE IntVec<T> block_labels(const LossCall<T>& call, const RowBlock<T
   return __builtin_convertvector(wide | (wide == ignore), IntVec<T>);
 }
 
-template <class T>
-FASTMETA_INLINE Vec<T> where(IntVec<T> mask, Vec<T> v) {
-  return from_bits<T>(bits_of<T>(v) & mask);
-}
-
 // With D the sum of the weights of the labels that count, e the smoothing, C classes: a row's loss
 // is (1 - e) w[label] nll[label] + e / C sum_c w[c] nll[c], the whole their sum over D.
 template <Want kWant, class T>
@@ -101,7 +96,8 @@ double cross_entropy(const LossCall<T>& call) {
   double total = 0;
   for (int64_t first = 0; first < call.rows; first += kW) {
     const RowBlock<T> rows{first, min_of<int64_t>(kW, call.rows - first), ld};
-    const IntVec<T> label = block_labels(call, rows), counts = label >= 0;
+    const IntVec<T> label = block_labels(call, rows);
+    const IntVec<T> counts = counted == 0 ? IntVec<T>{} : label >= 0;
     Vec<T> own = splat<T>(static_cast<T>((1 - smoothing) * over));  // weight of -z[label], over D
     if (call.weight != nullptr) {
       for (int k = 0; k < kW; ++k) own[k] *= label[k] >= 0 ? call.weight[label[k]] : T(0);
