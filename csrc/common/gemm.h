@@ -250,52 +250,6 @@ static void gemm(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, Const
   gemm<T, 1>(m, {{a, rs, cs, k, b}}, c, start);
 }
 
-// Vectors r[0..kW) summed over their lanes into the lanes of one vector.
-template <class T>
-FASTMETA_INLINE Vec<T> sum_lanes_of_each(Vec<T>* r) {
-  transpose<T>(r);
-  FASTMETA_UNROLL
-  for (int stride = kWidth<T> / 2; stride > 0; stride /= 2) {
-    FASTMETA_UNROLL
-    for (int i = 0; i < stride; ++i) r[i] += r[i + stride];
-  }
-  return r[0];
-}
-
-// C[m, n] (+)= A[m, cols] W[n, cols]^T for few rows, without a transposed copy of W: lanes run
-// along the shared dimension. Rows of A have w.cols numbers, lda apart. C has rows of ldc numbers,
-// of which padded(n) are written: zero past n, or as they were when added to.
-template <class T>
-static void gemm_transposed_few(int64_t m, const T* a, int64_t lda, ConstMatrix<T> w, T* c,
-                                int64_t ldc, T alpha, bool add) {
-  constexpr int kW = kWidth<T>;
-  for (int64_t j = 0; j < w.rows; j += kW) {
-    const int64_t n = min_of<int64_t>(kW, w.rows - j);
-    int64_t row[kW];  // past the last row the last once more, so that loops over rows unroll
-    FASTMETA_UNROLL
-    for (int r = 0; r < kW; ++r) row[r] = j + min_of<int64_t>(r, n - 1);
-    for (int64_t i = 0; i < m; ++i) {
-      Vec<T> sum[kW] = {};
-      for (int64_t p = 0; p < w.panels(); ++p) {
-        const int64_t stride = w.stride(p), width = w.width(p);
-        const T* wp = w.panel(p);
-        const T* ap = a + i * lda + p * kPanel<T>;
-        for (int64_t o = 0; o < width; o += kW) {
-          const Vec<T> x = load(ap + o);
-          FASTMETA_UNROLL
-          for (int r = 0; r < kW; ++r) sum[r] += x * load(wp + row[r] * stride + o);
-        }
-      }
-      Vec<T> value = alpha * sum_lanes_of_each<T>(sum);
-      if (n < kW) {
-        for (int64_t r = n; r < kW; ++r) value[r] = 0;
-      }
-      T* out = c + i * ldc + j;
-      store(out, add ? load(out) + value : value);
-    }
-  }
-}
-
 // Rows [row, row + rows) of w, their first `cols` columns, transposed into out's rows [to, to +
 // cols), which get zeros past `rows` columns.
 template <class T>

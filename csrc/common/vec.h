@@ -285,6 +285,15 @@ FASTMETA_INLINE void stream_fence() {
 #endif
 }
 
+// 0, 1, 2, ...
+template <class T>
+FASTMETA_INLINE IntVec<T> lane_numbers() {
+  IntVec<T> lanes{};
+  FASTMETA_UNROLL
+  for (int i = 0; i < kWidth<T>; ++i) lanes[i] = i;
+  return lanes;
+}
+
 template <class S>
 FASTMETA_INLINE Vec<Acc<S>> load_n(const S* p, int n) {
 #if defined(__AVX512F__)
@@ -292,6 +301,12 @@ FASTMETA_INLINE Vec<Acc<S>> load_n(const S* p, int n) {
     return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p);
   } else if constexpr (sizeof(S) == 8) {
     return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1u), p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    return (Vec<float>)_mm256_maskload_ps(p, (__m256i)(lane_numbers<S>() < n));
+  } else if constexpr (sizeof(S) == 8) {
+    return (Vec<double>)_mm256_maskload_pd(p, (__m256i)(lane_numbers<S>() < n));
   }
 #endif
   if constexpr (sizeof(S) == 2) {

@@ -132,8 +132,8 @@ class Buffers {
       if (x || (wants.backward && query_wanted[n.input]))
         b.query_gram_gradient = take(q * b.gram_ld);
       factored.push_back(b);
-      scratch = std::max(scratch, n.out.channels * padded<T>(n.in.channels));
-      scratch = std::max(scratch, f.weight.size);  // a whole weight, on its way in or out
+      // A whole weight on its way in or out, and its transpose.
+      scratch = std::max(scratch, f.weight.size + n.out.channels * padded<T>(n.in.channels));
     }
     this->scratch = take(scratch);
     // All of a task's thetas, or where they are kept between calls, two.

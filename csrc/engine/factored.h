@@ -41,15 +41,15 @@ class FactoredLayer {
         supports_(args.supports),
         queries_(args.queries) {}
 
-  // Gram matrices and X W_0^T of a task. x, query_x: [rows, ld]; w: Matrix [inputs, outputs].
+  // Gram matrices and X W_0^T of a task. x, query_x: [rows, ld]; w as product.h has it.
   void begin(const T* x, const T* query_x, const T* w) {
     x_ = x;
     query_x_ = query_x;
-    const int64_t ld = node_.in.ld;
+    const int64_t ld = node_.in.ld, n = node_.in.channels;
     const ConstMatrix<T> rows{x, supports_, ld, ld};
-    gemm_transposed_few<T>(supports_, x, ld, rows, at(b_.gram), b_.gram_ld, T(1), false);
-    gemm_transposed_few<T>(queries_, query_x, ld, rows, at(b_.query_gram), b_.gram_ld, T(1), false);
-    gemm<T>(supports_, node_.in.channels, x, ld, 1, weight(w), output(at(b_.base), supports_));
+    gemm_transposed<T, 1>(supports_, {{x, ld, rows, n}}, at(b_.gram), b_.gram_ld);
+    gemm_transposed<T, 1>(queries_, {{query_x, ld, rows, n}}, at(b_.query_gram), b_.gram_ld);
+    product::to_output<T>(dims(supports_), {x, w}, {}, {}, at(b_.base));
     for (int64_t place : {b_.tangents, b_.gram_gradient}) {
       if (place >= 0) std::fill_n(at(place), size_of(place), T(0));
     }
@@ -90,35 +90,30 @@ class FactoredLayer {
     T* sum = at(b_.tangents);
     for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) sum[i] += dgy[i];
     if (b_.gram_gradient >= 0) {
-      gemm_transposed_few<T>(supports_, dgy, node_.out.ld, state(a), at(b_.gram_gradient),
-                             b_.gram_ld, T(-1), true);
+      take_products(supports_, dgy, a, at(b_.gram_gradient), true);
     }
   }
 
   void query_forward(const T* w, const T* a, const T* bias, T* y) const {
-    GemmStart<T> start;
-    start.bias = bias;
-    gemm<T>(queries_, node_.in.channels, query_x_, node_.in.ld, 1, weight(w), output(y, queries_),
-            start);
-    start = {T(-1), nullptr, y};
+    product::to_output<T>(dims(queries_), {query_x_, w}, {}, {T(1), bias}, y);
+    const GemmStart<T> start{T(-1), nullptr, y};
     gemm<T>(queries_, supports_, at(b_.query_gram), b_.gram_ld, 1, state(a), output(y, queries_),
             start);
   }
 
-  // Adds to a's cotangent, to W_0's gradient (Matrix) and, where given, to the query's cotangent.
+  // Adds to a's cotangent, to W_0's gradient and, where given, to the query's cotangent.
   void query_backward(const T* w, const T* a, const T* gy, T* cotangent, T* gw, T* gx, bool add_gx,
                       T* scratch) {
     const int64_t ld = node_.out.ld;
     GemmStart<T> start{T(-1), nullptr, cotangent};
     gemm<T>(supports_, queries_, at(b_.query_gram), 1, b_.gram_ld, {gy, queries_, ld, ld},
             output(cotangent, supports_), start);
-    add_to_weight(query_x_, gy, queries_, T(1), gw);
+    add_to_weight(query_x_, gy, queries_, gw);
     if (b_.query_gram_gradient >= 0) {
-      gemm_transposed_few<T>(queries_, gy, ld, state(a), at(b_.query_gram_gradient), b_.gram_ld,
-                             T(-1), false);
+      take_products(queries_, gy, a, at(b_.query_gram_gradient), false);
     }
     if (gx == nullptr) return;
-    add_through_weight(w, gy, queries_, T(1), gx, add_gx, scratch);
+    add_through_weight(w, gy, queries_, gx, add_gx, scratch);
     start = {T(1), nullptr, gx};
     gemm<T>(queries_, supports_, at(b_.query_gram_gradient), b_.gram_ld, 1, inputs(x_),
             {gx, queries_, node_.in.ld, node_.in.ld}, start);
@@ -127,9 +122,9 @@ class FactoredLayer {
   // After the sweep: the supports' share of W_0's gradient and, where given, X's cotangent, added.
   void finish(const T* w, bool with_queries, T* gw, T* gx, T* scratch) const {
     const T* sum = at(b_.tangents);
-    if (gw != nullptr) add_to_weight(x_, sum, supports_, T(1), gw);
+    if (gw != nullptr) add_to_weight(x_, sum, supports_, gw);
     if (gx == nullptr) return;
-    add_through_weight(w, sum, supports_, T(1), gx, true, scratch);
+    add_through_weight(w, sum, supports_, gx, true, scratch);
     T* gram = at(b_.gram_gradient);
     GemmStart<T> start{T(1), nullptr, gx};
     const Matrix<T> to{gx, supports_, node_.in.ld, node_.in.ld};
@@ -140,24 +135,22 @@ class FactoredLayer {
             start);
   }
 
-  // out (Matrix) = W_0 - A^T X
+  // out = W_0 - A^T X
   void weights(const T* w, const T* a, T* out) const {
-    GemmStart<T> start{T(-1), nullptr, w};
-    gemm<T>(node_.in.channels, supports_, x_, 1, node_.in.ld, state(a),
-            {out, node_.in.channels, padded<T>(node_.out.channels), 0}, start);
+    product::to_weights<T, 1>(dims(supports_), {{x_, a}}, {T(-1), nullptr, w}, out);
   }
 
-  // From the cotangent (Matrix) of W_K: adds to a's, to W_0's gradient and, where given, to X's.
-  void weights_backward(const T* a, const T* from, T* cotangent, T* gw, T* gx) const {
-    const int64_t cols = padded<T>(node_.out.channels);
-    const ConstMatrix<T> g{from, node_.in.channels, cols, 0};
-    GemmStart<T> start{T(-1), nullptr, cotangent};
-    gemm<T>(supports_, node_.in.channels, x_, node_.in.ld, 1, g, output(cotangent, supports_),
-            start);
-    for (int64_t i = 0; gw != nullptr && i < node_.in.channels * cols; ++i) gw[i] += from[i];
-    if (gx != nullptr) {
-      gemm_transposed_few<T>(supports_, a, node_.out.ld, g, gx, node_.in.ld, T(-1), true);
+  // From the cotangent of W_K: adds to a's, to W_0's gradient and, where given, to X's. scratch
+  // holds outputs * padded(inputs) numbers.
+  void weights_backward(const T* a, const T* from, T* cotangent, T* gw, T* gx, T* scratch) const {
+    const product::Dims<T> d = dims(supports_);
+    product::to_output<T>(d, {x_, from}, {}, {T(-1), nullptr, cotangent}, cotangent);
+    if (gw != nullptr) {
+      const int64_t size = d.narrow ? d.outputs * d.input_cols : d.inputs * d.ldy;
+      for (int64_t i = 0; i < size; ++i) gw[i] += from[i];
     }
+    if (gx == nullptr) return;
+    product::to_input<T, 1>(d, {{a, product::weights_of(d, from, scratch)}}, gx, true, T(-1));
   }
 
  private:
@@ -165,32 +158,27 @@ class FactoredLayer {
   int64_t size_of(int64_t place) const {
     return supports_ * (place == b_.tangents ? node_.out.ld : b_.gram_ld);
   }
-  ConstMatrix<T> weight(const T* w) const {
-    return {w, node_.in.channels, padded<T>(node_.out.channels), 0};
-  }
+  product::Dims<T> dims(int64_t rows) const { return product::Dims<T>(node_, rows); }
   ConstMatrix<T> state(const T* a) const { return {a, supports_, node_.out.ld, node_.out.ld}; }
   ConstMatrix<T> inputs(const T* x) const { return {x, supports_, node_.in.ld, node_.in.ld}; }
   Matrix<T> output(T* y, int64_t rows) const { return {y, rows, node_.out.ld, node_.out.ld}; }
 
-  // gw += alpha * X^T gy
-  void add_to_weight(const T* x, const T* gy, int64_t rows, T alpha, T* gw) const {
-    const int64_t ld = node_.out.ld;
-    GemmStart<T> start{alpha, nullptr, gw};
-    gemm<T>(node_.in.channels, rows, x, 1, node_.in.ld, {gy, rows, ld, ld},
-            {gw, node_.in.channels, padded<T>(node_.out.channels), 0}, start);
+  // out = (out) - gy A^T: what is gained for a Gram matrix from its products with A.
+  void take_products(int64_t rows, const T* gy, const T* a, T* out, bool add) const {
+    gemm_transposed<T, 1>(rows, {{gy, node_.out.ld, state(a), node_.out.channels}}, out, b_.gram_ld,
+                          {T(-1), nullptr, add ? out : nullptr});
   }
 
-  // gx (+)= alpha * gy W_0. scratch holds outputs * padded(inputs) numbers.
-  void add_through_weight(const T* w, const T* gy, int64_t rows, T alpha, T* gx, bool add,
+  // gw += X^T gy
+  void add_to_weight(const T* x, const T* gy, int64_t rows, T* gw) const {
+    product::to_weights<T, 1>(dims(rows), {{x, gy}}, {T(1), nullptr, gw}, gw);
+  }
+
+  // gx (+)= gy W_0. scratch holds outputs * padded(inputs) numbers.
+  void add_through_weight(const T* w, const T* gy, int64_t rows, T* gx, bool add,
                           T* scratch) const {
-    const int64_t outputs = node_.out.channels, ld = node_.in.ld;
-    const Matrix<T> transposed{scratch, outputs, padded<T>(node_.in.channels), 0};
-    transpose_to_panels<T>(weight(w), outputs, transposed);
-    GemmStart<T> start;
-    start.alpha = alpha;
-    if (add) start.from = gx;
-    gemm<T>(rows, outputs, gy, node_.out.ld, 1, {scratch, outputs, transposed.cols, 0},
-            {gx, rows, ld, ld}, start);
+    const product::Dims<T> d = dims(rows);
+    product::to_input<T, 1>(d, {{gy, product::weights_of(d, w, scratch)}}, gx, add);
   }
 
   const Node& node_;

@@ -16,7 +16,7 @@ using namespace fastmeta::FASTMETA_ISA;
 enum class Layout {
   kNone,    // not used by the program: goes through as it is
   kMatrix,  // [groups] of Matrix [taps * channels of a group][padded outputs of a group], in panels
-  kRows,    // [outputs][inputs], as torch has it (layers/narrow.h)
+  kRows,    // [outputs][inputs], rows of whole vectors (layers/narrow.h)
   kVector,  // [channels], padded
   kImage,   // [pixels][padded channels]
   kFactored,  // of a weight in factored form: [supports][padded outputs] (factored.h)
@@ -147,14 +147,12 @@ class Plan {
       // Padding of values other than the input may hold anything, which a Gram matrix would see.
       const bool clean = n.in.ld % kWidth<T> == 0 && (n.in.ld == n.in.channels || n.input == 0);
       if (w.uses > 1 || !clean || s > n.in.channels) continue;
-      const int64_t out = padded<T>(n.out.channels), weights = n.in.channels * out;
+      const int64_t out = padded<T>(n.out.channels), weights = w.size;
       const int64_t dense = k * (7 * s + kMemory) * weights;
       const int64_t factored_cost = 4 * s * weights + 3 * (s + q) * s * n.in.channels +
                                     k * (5 * s + kMemory) * s * out + 2 * q * s * out;
       if (factored_cost >= dense) continue;
       Factored f{static_cast<int>(i) + 1, n.w.index, w};
-      f.weight.layout = Layout::kMatrix;
-      f.weight.size = weights;
       f.weight.offset = factored_size;
       factored_size += ceil_div(weights, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
       factored.push_back(f);
@@ -220,7 +218,8 @@ class Plan {
           p.size = p.groups * p.taps * p.inputs * padded<T>(p.outputs);
           break;
         case Layout::kRows:
-          p.numel = p.size = p.outputs * p.inputs;
+          p.numel = p.outputs * p.inputs;
+          p.size = p.outputs * padded<T>(p.inputs);
           break;
         case Layout::kVector:
         case Layout::kImage:
@@ -246,7 +245,10 @@ class Plan {
 template <class T, class F>
 void for_each_number(const Param& p, F f) {
   if (p.layout == Layout::kRows) {
-    for (int64_t i = 0; i < p.size; ++i) f(i, i);
+    const int64_t ld = padded<T>(p.inputs);
+    for (int64_t o = 0; o < p.outputs; ++o) {
+      for (int64_t i = 0; i < p.inputs; ++i) f(o * ld + i, o * p.inputs + i);
+    }
     return;
   }
   if (p.layout != Layout::kMatrix) {
@@ -281,7 +283,10 @@ void for_each_run(const Param& p, F f) {
     f(engine, compact, count);
     compact += count;
   };
-  if (p.layout == Layout::kRows) return run(0, p.size);
+  if (p.layout == Layout::kRows) {
+    for (int64_t o = 0; o < p.outputs; ++o) run(o * padded<T>(p.inputs), p.inputs);
+    return;
+  }
   if (p.layout == Layout::kFactored) {
     for (int64_t i = 0; i < p.channels; ++i) run(i * padded<T>(p.outputs), p.outputs);
     return;

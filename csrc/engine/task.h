@@ -251,9 +251,10 @@ class Task {
     import(at(b_.scratch));
     const int u = c_.plan.nodes[c_.plan.factored[f].value - 1].input;
     const bool x = c_.wants.second_order && b_.support.gy[u] >= 0;
-    factored_[f].weights_backward(
-        theta + state_offset(f), at(b_.scratch), cotangent() + state_offset(f),
-        weight_gradient + c_.plan.factored[f].weight.offset, x ? at(b_.support.gy[u]) : nullptr);
+    const Param& w = c_.plan.factored[f].weight;
+    factored_[f].weights_backward(theta + state_offset(f), at(b_.scratch),
+                                  cotangent() + state_offset(f), weight_gradient + w.offset,
+                                  x ? at(b_.support.gy[u]) : nullptr, at(b_.scratch) + w.size);
   }
 
   T* gradient() const { return at(b_.gradient); }

@@ -9,7 +9,7 @@
 // A job is some outputs of a task, so that no weight is laid out twice.
 #include <cstring>
 
-#include "common/gemm.h"
+#include "common/gemm_transposed.h"
 #include "common/scratch.h"
 #include "common/vec.h"
 #include "task_layers/task_linear.h"
@@ -88,23 +88,15 @@ void multiply(const Linear& a, const T* x, ConstMatrix<T> panels, int64_t n, con
 template <class T>
 void multiply_few(const Linear& a, const T* x, const T* weight, int64_t n, const T* bias, T* out,
                   T* own_x, T* room) {
-  const int64_t whole = a.inputs / kWidth<T> * kWidth<T>, width = padded<T>(n);
+  const int64_t width = padded<T>(n);
   for (int64_t r = 0; r < a.rows; ++r) {
     for (int64_t i = 0; i < a.inputs; ++i)
       own_x[r * a.inputs + i] = x[r * a.x.row + i * a.x.column];
   }
-  for (int64_t r = 0; r < a.rows; ++r)
-    std::memcpy(room + r * width, bias, static_cast<size_t>(width) * sizeof(T));
-  gemm_transposed_few<T>(a.rows, own_x, a.inputs, {weight, n, whole, a.weight.row}, room, width,
-                         T(1), true);
+  gemm_transposed<T, 1>(a.rows, {{own_x, a.inputs, {weight, n, a.inputs, a.weight.row}, a.inputs}},
+                        room, width, {T(1), bias});
   for (int64_t r = 0; r < a.rows; ++r) {
-    for (int64_t o = 0; o < n; ++o) {
-      T value = room[r * width + o];
-      for (int64_t i = whole; i < a.inputs; ++i) {
-        value += own_x[r * a.inputs + i] * weight[o * a.weight.row + i];
-      }
-      out[r * a.outputs + o] = value;
-    }
+    std::memcpy(out + r * a.outputs, room + r * width, static_cast<size_t>(n) * sizeof(T));
   }
 }
 

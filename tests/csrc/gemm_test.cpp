@@ -1,18 +1,18 @@
-// Products of csrc/common/gemm.h against sums in long double.
+// Products of csrc/common/gemm.h and gemm_transposed.h against sums in long double.
 //
 // Tests the vectors of the flags this file is compiled with; compile it once per instruction set
 // with -DFASTMETA_ISA=<name> to test each.
 #ifndef FASTMETA_ISA
 #define FASTMETA_ISA gemm_test
 #endif
-#include "common/gemm.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
+
+#include "common/gemm_transposed.h"
 
 namespace fastmeta::FASTMETA_ISA {
 namespace {
@@ -38,6 +38,11 @@ class Owned {
     }
   }
   T& at(int64_t i, int64_t j) { return *matrix_.at(i, j); }
+  void pad(T value) {
+    for (int64_t i = 0; i < matrix_.rows; ++i) {
+      for (int64_t j = used_; j < matrix_.cols; ++j) at(i, j) = value;
+    }
+  }
   Matrix<T> matrix() { return matrix_; }
   ConstMatrix<T> fixed() const { return {data_.data(), matrix_.rows, matrix_.cols, matrix_.ld}; }
   int64_t used() const { return used_; }
@@ -97,11 +102,18 @@ void check_products(int64_t m, int64_t n, int64_t k, bool panels, bool transpose
 template <class T>
 void check_transposed(int64_t m, int64_t n, int64_t k, bool panels) {
   std::mt19937 random(static_cast<unsigned>(m * 7 + n * 31 + k));
+  const int64_t more = n / 2 + 1;
   Owned<T> x(m, n, false, random), w(k, n, panels, random);
+  Owned<T> x2(m, more, false, random), w2(k, more, !panels, random);
+  for (Owned<T>* matrix : {&x, &w, &x2, &w2}) matrix->pad(std::numeric_limits<T>::quiet_NaN());
   const int64_t ld = padded<T>(k) + kWidth<T>;
-  std::vector<T> few(m * ld, T(kUntouched)), many(m * ld, T(kUntouched));
-  gemm_transposed_few<T>(m, x.fixed().data, padded<T>(n), w.fixed(), few.data(), ld, T(2), false);
-  gemm_transposed_few<T>(m, x.fixed().data, padded<T>(n), w.fixed(), few.data(), ld, T(1), true);
+  std::vector<T> few(m * ld, T(kUntouched)), many(few), two(few), bias(k);
+  for (int64_t j = 0; j < k; ++j) bias[j] = w.at(j, 0);
+  const TransposedTerm<T> terms[2] = {{x.fixed().data, padded<T>(n), w.fixed(), n},
+                                      {x2.fixed().data, padded<T>(more), w2.fixed(), more}};
+  gemm_transposed<T, 1>(m, {terms[0]}, few.data(), ld, {T(2)});
+  gemm_transposed<T, 1>(m, {terms[0]}, few.data(), ld, {T(1), nullptr, few.data()});
+  gemm_transposed<T>(m, terms, two.data(), ld, {T(-1), bias.data()});
   Owned<T> turned(n, k, true, random);
   transpose_to_panels<T>(w.fixed(), n, turned.matrix());
   GemmStart<T> start;
@@ -110,13 +122,19 @@ void check_transposed(int64_t m, int64_t n, int64_t k, bool panels) {
           start);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < ld; ++j) {
-      long double want = 0;
+      const T untouched = j < padded<T>(k) ? T(0) : T(kUntouched);
+      long double first = 0, second = 0;
       for (int64_t q = 0; j < k && q < n; ++q) {
-        want += 3 * static_cast<long double>(x.at(i, q)) * static_cast<long double>(w.at(j, q));
+        first += static_cast<long double>(x.at(i, q)) * static_cast<long double>(w.at(j, q));
       }
-      if (j >= padded<T>(k)) want = kUntouched;
+      for (int64_t q = 0; j < k && q < more; ++q) {
+        second += static_cast<long double>(x2.at(i, q)) * static_cast<long double>(w2.at(j, q));
+      }
+      const long double want = j < k ? 3 * first : untouched;
+      const long double sum = j < k ? bias[j] - first - second : untouched;
       ASSERT_NEAR(few[i * ld + j], want, 3 * bound<T>(n)) << m << ' ' << n << ' ' << k;
       ASSERT_NEAR(many[i * ld + j], want, 3 * bound<T>(n)) << m << ' ' << n << ' ' << k;
+      ASSERT_NEAR(two[i * ld + j], sum, bound<T>(n + more)) << m << ' ' << n << ' ' << k;
     }
   }
 }
@@ -124,8 +142,8 @@ void check_transposed(int64_t m, int64_t n, int64_t k, bool panels) {
 template <class T>
 void check_all() {
   for (int64_t m : {1, 2, 5, 6, 7, 13}) {
-    for (int64_t n : {1, 5, 8, 16, 17, 24, 40, 70}) {
-      for (int64_t k : {0, 1, 9, 40, 385, 800}) {
+    for (int64_t n : {1, 5, 8, 16, 17, 24, 40, 70, 1100}) {
+      for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 9, 11, 25, 40, 385, 800}) {
         for (bool panels : {false, true}) {
           for (T alpha : {T(1), T(-0.5)}) {
             for (Beginning b : {Beginning::kZero, Beginning::kBias, Beginning::kFrom}) {

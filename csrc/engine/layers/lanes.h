@@ -17,10 +17,7 @@ FASTMETA_INLINE Vec<T> where(IntVec<T> mask, Vec<T> v) {
 template <class T>
 FASTMETA_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
   if (n >= kWidth<T>) return v;
-  IntVec<T> lane{};
-  FASTMETA_UNROLL
-  for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
-  return where<T>(lane < static_cast<int>(max_of<int64_t>(n, 0)), v);
+  return where<T>(lane_numbers<T>() < static_cast<int>(max_of<int64_t>(n, 0)), v);
 }
 
 // What a cotangent's place receives: written, or added.

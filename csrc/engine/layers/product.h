@@ -9,6 +9,7 @@
 #pragma once
 #include "common/gemm.h"
 #include "engine/layers/convolution.h"
+#include "engine/layers/lanes.h"
 #include "engine/layers/narrow.h"
 
 namespace fastmeta::engine::FASTMETA_ISA::product {
@@ -30,6 +31,12 @@ struct Dims {
   int64_t ldx, input_cols, ldy;
   bool narrow;
 
+  // A matrix of weights, or of their gradient, where there are few outputs.
+  template <class W>
+  Matrix<W> rows_of(W* w) const {
+    return {w, outputs, input_cols, input_cols};
+  }
+
   // The raw input's rows may end within a vector: its gradient is formed beside it.
   bool writes_in_place() const { return ldx == input_cols; }
 };
@@ -50,7 +57,7 @@ struct Weights {
 
 template <class T>
 static Weights<T> weights_of(const Dims<T>& d, const T* w, T* scratch) {
-  if (d.narrow) return {{}, {w, d.outputs, d.inputs, d.inputs}};
+  if (d.narrow) return {{}, d.rows_of(w)};
   Weights<T> both{{w, d.inputs, d.ldy, 0}, {nullptr, d.outputs, d.input_cols, 0}};
   if (d.positions >= kManyRows) {
     transpose_to_panels<T>(both.plain, d.outputs, {scratch, d.outputs, d.input_cols, 0});
@@ -66,40 +73,81 @@ struct InputTerm {
   const Weights<T>& w;
 };
 
-// out[positions, inputs] = (out +) the sum of the terms, rows of input_cols numbers.
+// out[positions, inputs] = (out +) alpha * the sum of the terms, rows of input_cols numbers.
 template <class T, int kTerms>
-static void to_input(const Dims<T>& d, const InputTerm<T> (&from)[kTerms], T* out, bool add) {
+static void to_input(const Dims<T>& d, const InputTerm<T> (&from)[kTerms], T* out, bool add,
+                     T alpha = T(1)) {
+  const GemmStart<T> start{alpha, nullptr, add ? out : nullptr};
   if (from[0].w.transposed.data == nullptr) {
-    for (const InputTerm<T>& t : from) {
-      gemm_transposed_few<T>(d.positions, t.gy, d.ldy, t.w.plain, out, d.input_cols, T(1), add);
-      add = true;
-    }
+    TransposedTerm<T> terms[kTerms];
+    for (int t = 0; t < kTerms; ++t) terms[t] = {from[t].gy, d.ldy, from[t].w.plain, d.outputs};
+    gemm_transposed<T>(d.positions, terms, out, d.input_cols, start);
     return;
   }
   GemmTerm<T> terms[kTerms];
   for (int t = 0; t < kTerms; ++t) {
     terms[t] = {from[t].gy, d.ldy, 1, d.outputs, from[t].w.transposed};
   }
-  gemm<T>(d.positions, terms, {out, d.positions, d.input_cols, d.input_cols},
-          {T(1), nullptr, add ? out : nullptr});
+  gemm<T>(d.positions, terms, {out, d.positions, d.input_cols, d.input_cols}, start);
 }
 
-// y = bias + the sum of the terms x w, of which null pointers mark those that are zero.
+// What goes into an output: x w.
 template <class T>
-static void to_output(const Node& node, const Dims<T>& d, const narrow::Term<T>& first,
-                      const narrow::Term<T>& second, const T* bias, T* y) {
+struct OutputTerm {
+  const T* x;
+  const T* w;
+};
+
+// y = start + alpha * the sum of the terms, of which null pointers mark those that are zero. Start
+// is a bias, y itself or 0.
+template <class T>
+static void to_output(const Dims<T>& d, const OutputTerm<T>& first, const OutputTerm<T>& second,
+                      const GemmStart<T>& start, T* y) {
   const auto sum = [&](const auto&... terms) {
     constexpr int kTerms = sizeof...(terms);
-    if (d.narrow) return narrow::forward<T, kTerms>(node, d.positions, {terms...}, bias, y);
+    if (d.narrow) {
+      return gemm_transposed<T, kTerms>(
+          d.positions, {{terms.x, d.ldx, d.rows_of(terms.w), d.inputs}...}, y, d.ldy, start);
+    }
     gemm<T, kTerms>(d.positions, {{terms.x, d.ldx, 1, d.inputs, {terms.w, d.inputs, d.ldy, 0}}...},
-                    {y, d.positions, d.ldy, d.ldy}, {T(1), bias, nullptr});
+                    {y, d.positions, d.ldy, d.ldy}, start);
   };
   const bool one = first.x != nullptr && first.w != nullptr;
   const bool two = second.x != nullptr && second.w != nullptr;
   if (one && two) return sum(first, second);
   if (one || two) return sum(one ? first : second);
   for (int64_t i = 0; i < d.positions; ++i) {
-    for (int64_t c = 0; c < d.ldy; ++c) y[i * d.ldy + c] = bias != nullptr ? bias[c] : T(0);
+    for (int64_t c = 0; c < d.ldy; ++c) {
+      y[i * d.ldy + c] = start.bias != nullptr ? start.bias[c] : T(0);
+    }
+  }
+}
+
+// What goes into a weight's gradient: x^T gy.
+template <class T>
+struct WeightTerm {
+  const T* x;
+  const T* gy;
+};
+
+// gw = start + alpha * the sum of the terms.
+template <class T, int kTerms>
+static void to_weights(const Dims<T>& d, const WeightTerm<T> (&from)[kTerms],
+                       const GemmStart<T>& start, T* gw) {
+  const Matrix<T> to = d.narrow ? d.rows_of(gw) : Matrix<T>{gw, d.inputs, d.ldy, 0};
+  GemmTerm<T> terms[kTerms];
+  for (int t = 0; t < kTerms; ++t) {
+    const auto [x, gy] = from[t];
+    terms[t] = d.narrow
+                   ? GemmTerm<T>{gy, 1, d.ldy, d.positions, {x, d.positions, d.input_cols, d.ldx}}
+                   : GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
+  }
+  gemm<T, kTerms>(to.rows, terms, to, start);
+  const int64_t last = d.inputs / kWidth<T> * kWidth<T>;
+  if (!d.narrow || last == d.inputs) return;
+  for (int64_t o = 0; o < d.outputs; ++o) {  // x's padding may hold anything
+    T* end = gw + o * d.input_cols + last;
+    store(end, keep_first<T>(load(end), d.inputs - last));
   }
 }
 
@@ -107,8 +155,8 @@ static void to_output(const Node& node, const Dims<T>& d, const narrow::Term<T>&
 template <class T>
 static void forward_both(const LayerCall<T>& call, bool dual) {
   const Dims<T> d(*call.node, call.rows);
-  if (!call.known) to_output<T>(*call.node, d, {call.x, call.w}, {}, call.b, call.y);
-  if (dual) to_output<T>(*call.node, d, {call.dx, call.w}, {call.x, call.dw}, call.db, call.dy);
+  if (!call.known) to_output<T>(d, {call.x, call.w}, {}, {T(1), call.b}, call.y);
+  if (dual) to_output<T>(d, {call.dx, call.w}, {call.x, call.dw}, {T(1), call.db}, call.dy);
 }
 
 template <class T>
@@ -123,24 +171,17 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
                     call.b_update.factor, call.gb);
   }
   if (dual && call.dgb != nullptr) add_column_sums(d.positions, call.dgy, d.ldy, d.ldy, call.dgb);
-  // What goes into a weight's gradient [inputs, outputs]: x^T gy; gy^T x where it lies so.
-  const auto term = [&](const T* x, const T* gy) {
-    if (d.narrow) return GemmTerm<T>{gy, 1, d.ldy, d.positions, {x, d.positions, d.inputs, d.ldx}};
-    return GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
-  };
-  const auto add_to = [&](T* gw, const GemmStart<T>& start, const auto&... terms) {
-    const Matrix<T> to =
-        d.narrow ? Matrix<T>{gw, d.outputs, d.inputs, d.inputs} : Matrix<T>{gw, d.inputs, d.ldy, 0};
-    gemm<T, sizeof...(terms)>(to.rows, {terms...}, to, start);
-  };
   if (call.gw != nullptr) {
     const GemmStart<T> start{call.w_update.factor, nullptr, from(call.w_update, call.gw)};
-    add_to(call.gw, start, term(call.x, call.gy));
+    to_weights<T, 1>(d, {{call.x, call.gy}}, start, call.gw);
   }
   if (dual && call.dgw != nullptr) {
     const GemmStart<T> start{T(1), nullptr, call.dgw};
-    call.dx == nullptr ? add_to(call.dgw, start, term(call.x, call.dgy))
-                       : add_to(call.dgw, start, term(call.x, call.dgy), term(call.dx, call.gy));
+    if (call.dx == nullptr) {
+      to_weights<T, 1>(d, {{call.x, call.dgy}}, start, call.dgw);
+    } else {
+      to_weights<T, 2>(d, {{call.x, call.dgy}, {call.dx, call.gy}}, start, call.dgw);
+    }
   }
   if (call.gx == nullptr && !wants_dgx) return;
 
