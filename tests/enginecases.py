@@ -191,6 +191,15 @@ CASES = {
         "linear(4,w={4.weight},b={4.bias},out=2);linear(5,w={5.weight},b={5.bias},out=3)",
         (4,),
     ),
+    "narrow_odd": Case(  # inputs that are no whole vectors, with numbers in their padding
+        lambda: nn.Sequential(
+            nn.Linear(4, 9), nn.Sigmoid(), nn.Linear(9, 2), nn.Softplus(), nn.Linear(2, 3)
+        ),
+        "in=4;linear(0,w={0.weight},b={0.bias},out=9);sigmoid(1);"
+        "linear(2,w={2.weight},b={2.bias},out=2);softplus(3,beta=1.0,threshold=20.0);"
+        "linear(4,w={4.weight},b={4.bias},out=3)",
+        (4,),
+    ),
     "narrow_shared": Case(
         lambda: nn.Sequential(
             nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1, bias=False), nn.Linear(1, 3)

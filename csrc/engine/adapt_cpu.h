@@ -56,6 +56,8 @@ class Run {
                       : 0;
     groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
     added_.assign(groups_, 0);
+    writes_weights_ = mode_ == Mode::kMetaStep && args_.queries > 0;
+    for (const Factored& f : plan_.factored) writes_weights_ &= plan_.live[f.value];
     call_memory.reset(
         Scratch::size_of<T>(plan_.fast.size) + Scratch::size_of<T>(plan_.factored_size) +
         Scratch::size_of<T>(plan_.shared.size) +
@@ -67,11 +69,7 @@ class Run {
     T* rates = call_memory.take<T>(args_.rate_rows * rate_width_);
     group_gradients_ = call_memory.take<T>(groups_ * group_size_);
     losses_ = call_memory.take<double>(args_.tasks);
-    import_list(plan_.fast, args_.fast, theta);
-    for (const Factored& f : plan_.factored) {
-      import_param(f.weight, static_cast<const T*>(args_.fast[f.param]), weights + f.weight.offset);
-    }
-    import_list(plan_.shared, args_.shared, shared);
+    import_all(par, theta, weights, shared);
     import_rates(rates);
     const Common<T> common{args_, plan_, wants_, buffers, theta, weights, shared, rates};
     common_ = &common;
@@ -79,7 +77,7 @@ class Run {
     par(
         groups_, 1, [](void* context, int64_t, int64_t) { static_cast<Run*>(context)->work(); },
         this);
-    sum_groups();
+    if (wants_.backward) export_gradients(par);
     write_loss(losses_);
   }
 
@@ -145,9 +143,15 @@ class Run {
     }
   }
 
+  void clear_sums(T* sums) const {
+    const int64_t ahead = plan_.fast.size + plan_.shared.size;
+    Task<T>::zero(sums, writes_weights_ ? ahead : ahead + plan_.factored_size);
+    Task<T>::zero(sums + ahead + plan_.factored_size, rate_size_);
+  }
+
   void group(Task<T>& task, int64_t g) {
     T* sums = group_gradients_ + g * group_size_;
-    Task<T>::zero(sums, group_size_);
+    if (wants_.backward) clear_sums(sums);
     const int64_t begin = g * args_.tasks / groups_, end = (g + 1) * args_.tasks / groups_;
     for (int64_t t = begin; t < end; ++t) one(task, t, t == begin, sums);
   }
@@ -211,7 +215,7 @@ class Run {
       if (mode_ == Mode::kBackward) {
         task.import_prediction_gradient(static_cast<const T*>(gradients_->prediction));
       }
-      task.query_backward(last, weights, shared);
+      task.query_backward(last, weights, shared, first && writes_weights_);
     }
     for (int64_t k = args_.steps - 1; k >= 0; --k) {
       if (wants_.second_order) {
@@ -226,16 +230,60 @@ class Run {
     for (int64_t i = 0; !first && i < size; ++i) sums[i] += lambda[i];
   }
 
-  void import_list(const ParamList& list, const void* const* from, T* to) const {
-    for (size_t i = 0; i < list.params.size(); ++i) {
+  // A part of a parameter that goes from torch's tensor to the engine's vector, or back.
+  struct Move {
+    const Param* param;
+    Part part;
+    T* engine;
+    T* torch;
+  };
+  void add_moves(const Param& p, T* engine, T* torch) {
+    for_each_part<T>(p, [&](const Part& part) { moves_.push_back({&p, part, engine, torch}); });
+  }
+  void add_moves(const ParamList& list, T* engine, void* const* torch) {
+    for (size_t i = 0; torch != nullptr && i < list.params.size(); ++i) {
       const Param& p = list.params[i];
-      if (p.layout == Layout::kFactored) {
-        Task<T>::zero(to + p.offset, p.size);
-      } else if (p.layout != Layout::kNone) {
-        import_param(p, static_cast<const T*>(from[i]), to + p.offset);
-      }
+      const bool whole = p.layout != Layout::kNone && p.layout != Layout::kFactored;
+      if (whole) add_moves(p, engine + p.offset, static_cast<T*>(torch[i]));
     }
-    pad(list, to);
+  }
+  // body(move), by all threads where there is enough to do.
+  template <class F>
+  void each_move(ParallelFor par, bool together, F body) {
+    const int64_t count = static_cast<int64_t>(moves_.size());
+    if (!together) {
+      for (const Move& move : moves_) body(move);
+      return;
+    }
+    auto range = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(moves_[i]);
+    };
+    par(
+        count, 1,
+        [](void* context, int64_t begin, int64_t end) {
+          (*static_cast<decltype(range)*>(context))(begin, end);
+        },
+        &range);
+  }
+  static constexpr int64_t kTogether = 1 << 15;  // numbers from which threads share
+
+  void import_all(ParallelFor par, T* theta, T* weights, T* shared) {
+    const auto input = [](const void* const* list) { return const_cast<void* const*>(list); };
+    moves_.clear();
+    add_moves(plan_.fast, theta, input(args_.fast));
+    add_moves(plan_.shared, shared, input(args_.shared));
+    for (const Factored& f : plan_.factored) {
+      add_moves(f.weight, weights + f.weight.offset, static_cast<T*>(input(args_.fast)[f.param]));
+    }
+    for (const Param& p : plan_.fast.params) {
+      if (p.layout == Layout::kFactored) Task<T>::zero(theta + p.offset, p.size);
+    }
+    pad(plan_.fast, theta);
+    pad(plan_.shared, shared);
+    const int64_t numbers = plan_.fast.size + plan_.shared.size + plan_.factored_size;
+    each_move(par, numbers >= kTogether, [](const Move& m) {
+      import_part(*m.param, m.part, static_cast<const T*>(m.torch), m.engine);
+    });
   }
 
   // Zeros between parameters, which sums over whole vectors read.
@@ -324,29 +372,36 @@ class Run {
     }
   }
 
-  void sum_groups() {
-    if (!wants_.backward) return;
-    T* sums = group_gradients_;
+  // Numbers [begin, begin + size) of the sum of all groups, in the first one.
+  void sum_groups(int64_t begin, int64_t size) const {
     for (int64_t span = 1; span < groups_; span *= 2) {
       for (int64_t g = 0; g + span < groups_; g += 2 * span) {
-        if (added_[g + span] == 0) add_pair(g, span);
+        if (added_[g + span] != 0) continue;
+        T* sums = group_gradients_ + g * group_size_ + begin;
+        const T* more = sums + span * group_size_;
+        for (int64_t i = 0; i < size; ++i) sums[i] += more[i];
       }
     }
-    const auto write = [](const ParamList& list, const T* from, void* const* out) {
-      for (size_t i = 0; out != nullptr && i < list.params.size(); ++i) {
-        const Param& p = list.params[i];
-        const bool whole = p.layout != Layout::kNone && p.layout != Layout::kFactored;
-        if (whole) export_param(p, from + p.offset, static_cast<T*>(out[i]));
-      }
-    };
-    write(plan_.fast, sums, gradients_->fast);
-    write(plan_.shared, sums + plan_.fast.size, gradients_->shared);
-    const T* weights = sums + plan_.fast.size + plan_.shared.size;
+  }
+
+  void export_gradients(ParallelFor par) {
+    T* sums = group_gradients_;
+    T* weights = sums + plan_.fast.size + plan_.shared.size;
+    moves_.clear();
+    add_moves(plan_.fast, sums, gradients_->fast);
+    add_moves(plan_.shared, sums + plan_.fast.size, gradients_->shared);
     for (const Factored& f : plan_.factored) {
       if (gradients_->fast == nullptr) break;
-      export_param(f.weight, weights + f.weight.offset, static_cast<T*>(gradients_->fast[f.param]));
+      add_moves(f.weight, weights + f.weight.offset, static_cast<T*>(gradients_->fast[f.param]));
     }
+    const bool together = group_size_ >= kTogether;
+    if (!together) sum_groups(0, group_size_);
+    each_move(par, together, [&](const Move& m) {
+      if (together) sum_groups(m.engine + m.part.begin - sums, m.part.size);
+      export_part(*m.param, m.part, static_cast<const T*>(m.engine), m.torch);
+    });
     if (!wants_.rates) return;
+    if (together) sum_groups(group_size_ - rate_size_, rate_size_);
     const T* from = weights + plan_.factored_size;
     T* to = static_cast<T*>(gradients_->rates);
     for (int64_t r = 0; r < args_.rate_rows; ++r) {
@@ -370,7 +425,10 @@ class Run {
   T* group_gradients_ = nullptr;
   double* losses_ = nullptr;  // of each task
   std::vector<char> added_;
+  std::vector<Move> moves_;
   std::atomic<int64_t> next_group_{0};
+  // The queries of a group's first task write what factored weights gain; nobody adds to it before.
+  bool writes_weights_ = false;
   const Common<T>* common_ = nullptr;
 };
 

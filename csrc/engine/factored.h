@@ -101,14 +101,15 @@ class FactoredLayer {
             start);
   }
 
-  // Adds to a's cotangent, to W_0's gradient and, where given, to the query's cotangent.
-  void query_backward(const T* w, const T* a, const T* gy, T* cotangent, T* gw, T* gx, bool add_gx,
-                      T* scratch) {
+  // Adds to a's cotangent, to W_0's gradient (or writes it) and, where given, to the query's
+  // cotangent.
+  void query_backward(const T* w, const T* a, const T* gy, T* cotangent, T* gw, bool writes, T* gx,
+                      bool add_gx, T* scratch) {
     const int64_t ld = node_.out.ld;
     GemmStart<T> start{T(-1), nullptr, cotangent};
     gemm<T>(supports_, queries_, at(b_.query_gram), 1, b_.gram_ld, {gy, queries_, ld, ld},
             output(cotangent, supports_), start);
-    add_to_weight(query_x_, gy, queries_, gw);
+    add_to_weight(query_x_, gy, queries_, gw, !writes);
     if (b_.query_gram_gradient >= 0) {
       take_products(queries_, gy, a, at(b_.query_gram_gradient), false);
     }
@@ -122,7 +123,7 @@ class FactoredLayer {
   // After the sweep: the supports' share of W_0's gradient and, where given, X's cotangent, added.
   void finish(const T* w, bool with_queries, T* gw, T* gx, T* scratch) const {
     const T* sum = at(b_.tangents);
-    if (gw != nullptr) add_to_weight(x_, sum, supports_, gw);
+    if (gw != nullptr) add_to_weight(x_, sum, supports_, gw, true);
     if (gx == nullptr) return;
     add_through_weight(w, sum, supports_, gx, true, scratch);
     T* gram = at(b_.gram_gradient);
@@ -169,9 +170,9 @@ class FactoredLayer {
                           {T(-1), nullptr, add ? out : nullptr});
   }
 
-  // gw += X^T gy
-  void add_to_weight(const T* x, const T* gy, int64_t rows, T* gw) const {
-    product::to_weights<T, 1>(dims(rows), {{x, gy}}, {T(1), nullptr, gw}, gw);
+  // gw (+)= X^T gy
+  void add_to_weight(const T* x, const T* gy, int64_t rows, T* gw, bool add) const {
+    product::to_weights<T, 1>(dims(rows), {{x, gy}}, {T(1), nullptr, add ? gw : nullptr}, gw);
   }
 
   // gx (+)= gy W_0. scratch holds outputs * padded(inputs) numbers.

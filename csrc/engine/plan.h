@@ -240,10 +240,29 @@ class Plan {
   }
 };
 
-// ---- torch's layouts to the engine's and back
-// Calls f(engine index, torch index) for each number of a parameter.
+// A part of a parameter that lies together: a panel of a matrix, or all of another layout.
+struct Part {
+  int64_t begin, size;           // in the engine's numbers
+  int64_t group, output, count;  // of a matrix: the outputs that it has
+};
 template <class T, class F>
-void for_each_number(const Param& p, F f) {
+void for_each_part(const Param& p, F f) {
+  if (p.layout != Layout::kMatrix) return f(Part{0, p.size, 0, 0, 0});
+  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
+  const Matrix<T> m{nullptr, rows, cols, 0};
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t panel = 0; panel < m.panels(); ++panel) {
+      const int64_t first = panel * kPanel<T>, width = m.width(panel);
+      f(Part{g * rows * cols + first * rows, rows * width, g, first,
+             min_of(width, p.outputs - first)});
+    }
+  }
+}
+
+// ---- torch's layouts to the engine's and back
+// Calls f(engine index, torch index) for each number of a part of a parameter.
+template <class T, class F>
+void for_each_number(const Param& p, const Part& part, F f) {
   if (p.layout == Layout::kRows) {
     const int64_t ld = padded<T>(p.inputs);
     for (int64_t o = 0; o < p.outputs; ++o) {
@@ -258,17 +277,13 @@ void for_each_number(const Param& p, F f) {
     }
     return;
   }
-  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
-  const Matrix<T> m{nullptr, rows, cols, 0};
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t o = 0; o < p.outputs; ++o) {
-      const int64_t panel = m.panel_of(o), stride = m.width(panel), first = panel * kPanel<T>;
-      const int64_t column = g * rows * cols + first * rows + (o - first);
-      const int64_t from = (g * p.outputs + o) * p.inputs * p.taps;
-      for (int64_t t = 0; t < p.taps; ++t) {
-        for (int64_t i = 0; i < p.inputs; ++i) {
-          f(column + (t * p.inputs + i) * stride, from + i * p.taps + t);
-        }
+  const int64_t stride = part.size / (p.taps * p.inputs);
+  for (int64_t o = 0; o < part.count; ++o) {
+    const int64_t column = part.begin + o;
+    const int64_t from = (part.group * p.outputs + part.output + o) * p.inputs * p.taps;
+    for (int64_t t = 0; t < p.taps; ++t) {
+      for (int64_t i = 0; i < p.inputs; ++i) {
+        f(column + (t * p.inputs + i) * stride, from + i * p.taps + t);
       }
     }
   }
@@ -295,20 +310,12 @@ void for_each_run(const Param& p, F f) {
     for (int64_t i = 0; i < p.pixels; ++i) run(i * padded<T>(p.channels), p.channels);
     return;
   }
-  const int64_t rows = p.taps * p.inputs, cols = padded<T>(p.outputs);
-  const Matrix<T> m{nullptr, rows, cols, 0};
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t panel = 0; panel < m.panels(); ++panel) {
-      const int64_t first = panel * kPanel<T>, width = m.width(panel);
-      const int64_t count = min_of<int64_t>(width, p.outputs - first);
-      const int64_t at = g * rows * cols + first * rows;
-      if (count == width) {
-        run(at, rows * width);
-      } else {
-        for (int64_t r = 0; r < rows; ++r) run(at + r * width, count);
-      }
-    }
-  }
+  const int64_t rows = p.taps * p.inputs;
+  for_each_part<T>(p, [&](const Part& part) {
+    const int64_t width = part.size / rows;
+    if (part.count == width) return run(part.begin, part.size);
+    for (int64_t r = 0; r < rows; ++r) run(part.begin + r * width, part.count);
+  });
 }
 
 // A list of parameters without its padding, as it is kept between forward and backward: as many
@@ -332,13 +339,21 @@ void unpack(const ParamList& list, const T* compact, T* engine) {
 }
 
 template <class T>
+void import_part(const Param& p, const Part& part, const T* torch, T* engine) {
+  std::fill_n(engine + part.begin, part.size, T(0));
+  for_each_number<T>(p, part, [=](int64_t e, int64_t t) { engine[e] = torch[t]; });
+}
+template <class T>
+void export_part(const Param& p, const Part& part, const T* engine, T* torch) {
+  for_each_number<T>(p, part, [=](int64_t e, int64_t t) { torch[t] = engine[e]; });
+}
+template <class T>
 void import_param(const Param& p, const T* torch, T* engine) {
-  for (int64_t i = 0; i < p.size; ++i) engine[i] = 0;
-  for_each_number<T>(p, [=](int64_t e, int64_t t) { engine[e] = torch[t]; });
+  for_each_part<T>(p, [&](const Part& part) { import_part(p, part, torch, engine); });
 }
 template <class T>
 void export_param(const Param& p, const T* engine, T* torch) {
-  for_each_number<T>(p, [=](int64_t e, int64_t t) { torch[t] = engine[e]; });
+  for_each_part<T>(p, [&](const Part& part) { export_part(p, part, engine, torch); });
 }
 
 // Rows of a value, [rows, channels, pixels] in torch's layout.

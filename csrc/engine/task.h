@@ -122,17 +122,17 @@ class Task {
     return loss;
   }
 
-  // From the prediction's cotangent: adds to the gradients of the factored layers' W_0, to
-  // cotangent() and, where given, to the shared parameters' gradients.
-  void query_backward(const T* theta, T* weight_gradient, T* shared_gradient) {
+  // From the prediction's cotangent: adds to the gradients of the factored layers' W_0 (or writes
+  // them), to cotangent() and, where given, to the shared parameters' gradients.
+  void query_backward(const T* theta, T* weight_gradient, T* shared_gradient, bool writes) {
     for (int v = values() - 1; v > 0; --v) {
       if (b_.query.gy[v] < 0) continue;
       LayerCall<T>& x = calls_.query(v, of_queries(theta));
       calls_.set_parameters(&x, cotangent(), shared_gradient, false);
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].query_backward(weight(f), x.w, x.gy, x.gw,
-                                    weight_gradient + c_.plan.factored[f].weight.offset, x.gx,
-                                    x.add_gx, at(b_.scratch));
+                                    weight_gradient + c_.plan.factored[f].weight.offset, writes,
+                                    x.gx, x.add_gx, at(b_.scratch));
         add_bias_gradient(x.node, x.rows, x.gy, x.gb);
       } else {
         run_backward(x);
