@@ -78,7 +78,8 @@ class Buffers {
           scratch = std::max(scratch, numbers(p.places[v]->scratch_bytes()));
           return;
         }
-        if (!is_product) p.saved[v] = take(numbers(layers::saved_bytes<T>(n, rows)));
+        p.saved[v] = take(numbers(is_product ? product::saved_bytes<T>(n, rows)
+                                             : layers::saved_bytes<T>(n, rows)));
         scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
                                                        : layers::scratch_bytes<T>(n, rows)));
       };
@@ -173,7 +174,7 @@ class Buffers {
   }
 
   static constexpr int64_t kAlign = 64 / sizeof(T);
-  static constexpr int64_t kNearBytes = 128 << 10, kFarBytes = 8 << 20;
+  static constexpr int64_t kNearBytes = 160 << 10, kFarBytes = 8 << 20;
   static constexpr int64_t kWorth = 16;  // operations for a byte
 
   // Of a pass over the supports, those that a record spares: values, and cotangents of values.

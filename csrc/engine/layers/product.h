@@ -41,6 +41,17 @@ struct Dims {
   bool writes_in_place() const { return ldx == input_cols; }
 };
 
+// The transposed weights of a step, for its dual pass: small ones, that leave room for other steps'
+// values (buffers.h).
+template <class T>
+int64_t saved_bytes(const Node& node, int64_t rows) {
+  constexpr int64_t kMost = 4096;
+  const Dims<T> d(node, rows);
+  const int64_t numbers = d.outputs * d.input_cols;
+  const bool turns = !d.narrow && d.positions >= kManyRows && numbers <= kMost;
+  return turns ? numbers * static_cast<int64_t>(sizeof(T)) : 0;
+}
+
 template <class T>
 int64_t scratch_bytes(const Node& node, int64_t rows) {
   const Dims<T> d(node, rows);
@@ -56,11 +67,12 @@ struct Weights {
 };
 
 template <class T>
-static Weights<T> weights_of(const Dims<T>& d, const T* w, T* scratch) {
+static Weights<T> weights_of(const Dims<T>& d, const T* w, T* scratch, bool known = false) {
   if (d.narrow) return {{}, d.rows_of(w)};
   Weights<T> both{{w, d.inputs, d.ldy, 0}, {nullptr, d.outputs, d.input_cols, 0}};
   if (d.positions >= kManyRows) {
-    transpose_to_panels<T>(both.plain, d.outputs, {scratch, d.outputs, d.input_cols, 0});
+    const Matrix<T> to{scratch, d.outputs, d.input_cols, 0};
+    if (!known) transpose_to_panels<T>(both.plain, d.outputs, to);
     both.transposed.data = scratch;
   }
   return both;
@@ -186,7 +198,11 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
   if (call.gx == nullptr && !wants_dgx) return;
 
   Pieces<T> pieces(call.scratch);
-  const Weights<T> w = weights_of(d, call.w, pieces.take(d.outputs * d.input_cols));
+  // The pass over the supports has left them, if it had an input's gradient to form.
+  const bool kept = saved_bytes<T>(*call.node, call.rows) > 0;
+  const bool known = kept && dual && call.known && call.dx != nullptr;
+  T* turned = pieces.take(d.outputs * d.input_cols, !kept);
+  const Weights<T> w = weights_of(d, call.w, kept ? static_cast<T*>(call.saved) : turned, known);
   Weights<T> dw;
   if (turns) dw = weights_of(d, call.dw, pieces.take(d.outputs * d.input_cols));
   T* beside = pieces.take(d.positions * d.input_cols, !d.writes_in_place());
