@@ -297,10 +297,12 @@ def table(summary: dict[str, Any]) -> str:
     for name, why in summary["absent"].items():
         text.append(f"  - {name}: {why}")
     if summary["ahead_of_best"] and not summary["quick"]:
+        eager = ""
+        if summary["ahead_of_eager"]:
+            eager = f", of eager ({summary['eager']}) by {summary['ahead_of_eager']:.2f}"
         text.append(
-            f"  ahead of the best ({summary['best']}) by {summary['ahead_of_best']:.2f}, of eager "
-            f"({summary['eager']}) by {summary['ahead_of_eager'] or float('nan'):.2f}; floor "
-            f"{summary['floor_ms']:.3f} ms, {100 * summary['of_floor']:.0f}% of it reached"
+            f"  ahead of the best ({summary['best']}) by {summary['ahead_of_best']:.2f}{eager}; "
+            f"floor {summary['floor_ms']:.3f} ms, {100 * summary['of_floor']:.0f}% of it reached"
         )
     return "\n".join(text)
 
