@@ -2,11 +2,14 @@
 // and a tile's sums become one vector when they are complete. For few columns (an output layer of a
 // few classes, a Gram matrix of few examples), or few rows.
 #pragma once
+#include <utility>
+
 #include "common/gemm.h"
 
 namespace fastmeta::FASTMETA_ISA {
 
-// Lanes of b where kTake is 1 of a half of each kPart lanes, of a elsewhere; and halves exchanged.
+// Of each kPart lanes the upper half (kUpper 1; 0: the lower) of b, the other of a; and a with the
+// halves of each kPart lanes exchanged.
 template <int kPart, int kUpper, class V, int... I>
 FASTMETA_INLINE V blend_halves(V a, V b, Lanes<I...>) {
   constexpr int kN = sizeof...(I);
@@ -185,37 +188,20 @@ static void gemm_transposed_columns(int64_t m, const TransposedTerm<T> (&terms)[
 template <class T, int kTerms>
 static void gemm_transposed(int64_t m, const TransposedTerm<T> (&terms)[kTerms], T* c, int64_t ldc,
                             GemmStart<T> start = {}) {
-  constexpr int64_t kBlock =
-      4096 / sizeof(T);  // columns: a tile's operands stay in the first cache
+  constexpr int64_t kBlock = 4096 / sizeof(T);  // columns of which a tile stays in the first cache
   const int64_t n = terms[0].w.rows;
   int64_t cols = 0;
   for (const auto& term : terms) cols = max_of(cols, term.cols);
   const int64_t tile = n > 0 ? ceil_div(n, ceil_div(n, kMostTransposed<T>)) : 1;
   for (int64_t k = 0; k == 0 || k < cols; k += kBlock) {
     for (int64_t j = 0; j < n; j += tile) {
-      const auto columns = [&](auto count) {
-        if constexpr (decltype(count)::value <= kMostTransposed<T>) {
-          gemm_transposed_columns<T, decltype(count)::value>(m, terms, j, k, k + kBlock, c, ldc,
-                                                             start);
-        }
-      };
-      switch (min_of(tile, n - j)) {
-        case 1:
-          columns(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          columns(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          columns(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          columns(std::integral_constant<int, 4>{});
-          break;
-        case 5:
-          columns(std::integral_constant<int, 5>{});
-          break;
-      }
+      const int64_t count = min_of(tile, n - j);
+      [&]<int... I>(std::integer_sequence<int, I...>) {
+        ((count == I + 1
+              ? gemm_transposed_columns<T, I + 1>(m, terms, j, k, k + kBlock, c, ldc, start)
+              : void()),
+         ...);
+      }(std::make_integer_sequence<int, kMostTransposed<T>>{});
     }
     start = {start.alpha, nullptr, c};
   }

@@ -144,7 +144,8 @@ class Plan {
       const Node& n = nodes[i];
       if (n.kind != Kind::kLinear || !is_static[n.input] || !n.w.adapted) continue;
       Param& w = fast.params[n.w.index];
-      // Padding of values other than the input may hold anything, which a Gram matrix would see.
+      // Padding of values other than the input may hold anything, and products of rows would take
+      // it.
       const bool clean = n.in.ld % kWidth<T> == 0 && (n.in.ld == n.in.channels || n.input == 0);
       if (w.uses > 1 || !clean || s > n.in.channels) continue;
       const int64_t out = padded<T>(n.out.channels), weights = w.size;
