@@ -86,26 +86,6 @@ def test_the_tracer_writes_the_programs_of_the_ops_tests(name):
     assert [f.split("(")[0] for f in found] == [w.split("(")[0] for w in written]
 
 
-@pytest.mark.parametrize("tasks", [33, 70])
-def test_many_tasks_of_a_large_network(tasks):
-    """Groups of several tasks, and sums of gradients that threads share: the same bits from any."""
-    sizes = (300, 130, 5)  # the first layer is factored
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:])).double()
-    data = (
-        torch.randn(tasks, 4, sizes[0]).double(),
-        torch.randint(5, (tasks, 4)),
-        torch.randn(tasks, 6, sizes[0]).double(),
-        torch.randint(5, (tasks, 6)),
-    )
-    maml = engine(model, 0.1, 2)
-    one = loss_gradients(maml, data)[1]
-    agree(one, unroll(model, data, lr=0.1, steps=2))
-    torch.set_num_threads(2)
-    two = loss_gradients(maml, data)[1]
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.parametrize("steps", [0, 1, 5, 20])
 def test_any_number_of_steps(steps):
     model, data = make("mlp")
