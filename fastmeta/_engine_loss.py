@@ -42,7 +42,7 @@ class Work(NamedTuple):
         """The mean query loss, and its gradients for those of ``tensors`` that need one."""
         fast, shared = self.counts[0], sum(self.counts)
         with _below_autograd():
-            mean, _, fast_grads, shared_grads, *grads = _meta_step(
+            mean, fast_grads, shared_grads, *grads = _meta_step(
                 self.program,
                 tensors[:fast],
                 tensors[fast:shared],

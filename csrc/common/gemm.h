@@ -274,11 +274,14 @@ static void transpose_rows(ConstMatrix<T> w, int64_t row, int64_t rows, int64_t 
           for (int j = 0; j < kW; ++j) store(at + j * ldo, r[j]);
           continue;
         }
-        for (int i = 0; i < kW; ++i) {
-          r[i] = i < n ? load(from + (row + i0 + i) * stride) : Vec<T>{};
-        }
+        const T* const none = reinterpret_cast<const T*>(kZeroRow<T>);
+        FASTMETA_UNROLL
+        for (int i = 0; i < kW; ++i) r[i] = load(i < n ? from + (row + i0 + i) * stride : none);
         transpose<T>(r);
-        for (int64_t j = 0; j < count; ++j) store(at + j * ldo, r[j]);
+        FASTMETA_UNROLL
+        for (int j = 0; j < kW; ++j) {
+          if (j < count) store(at + j * ldo, r[j]);
+        }
       }
     }
   }

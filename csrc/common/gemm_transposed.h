@@ -145,12 +145,12 @@ struct TransposedTile {
   }
 };
 
-// Columns [j, j + kCols) of C.
-template <class T, int kCols, int kTerms>
+// Columns [j, j + kCols) of C, kRows rows at a time.
+template <class T, int kRows, int kCols, int kTerms>
 static void gemm_transposed_columns(int64_t m, const TransposedTerm<T> (&terms)[kTerms], int64_t j,
                                     int64_t begin, int64_t end, T* c, int64_t ldc,
                                     GemmStart<T> start) {
-  constexpr int kW = kWidth<T>, kRows = transposed_rows<T>(kCols);
+  constexpr int kW = kWidth<T>;
   const int64_t n = terms[0].w.rows;
   const bool add = start.from != nullptr;
   // What lies behind the columns gets zeros, or what other columns write later.
@@ -188,18 +188,31 @@ static void gemm_transposed_columns(int64_t m, const TransposedTerm<T> (&terms)[
 template <class T, int kTerms>
 static void gemm_transposed(int64_t m, const TransposedTerm<T> (&terms)[kTerms], T* c, int64_t ldc,
                             GemmStart<T> start = {}) {
+  constexpr int64_t kFewRows = 10;
   constexpr int64_t kBlock = 4096 / sizeof(T);  // columns of which a tile stays in the first cache
   const int64_t n = terms[0].w.rows;
   int64_t cols = 0;
   for (const auto& term : terms) cols = max_of(cols, term.cols);
-  const int64_t tile = n > 0 ? ceil_div(n, ceil_div(n, kMostTransposed<T>)) : 1;
+  constexpr int kW = kWidth<T>, kHalf = kW / 2;
   for (int64_t k = 0; k == 0 || k < cols; k += kBlock) {
-    for (int64_t j = 0; j < n; j += tile) {
+    int64_t j = 0;
+    // Whole vectors of C, a row at a time.
+    for (; m <= kFewRows && j + kW <= n; j += kW) {
+      gemm_transposed_columns<T, 1, kW>(m, terms, j, k, k + kBlock, c, ldc, start);
+    }
+    if (m <= kFewRows && kHalf > kMostTransposed<T> && j + kHalf <= n) {
+      gemm_transposed_columns<T, 1, kHalf>(m, terms, j, k, k + kBlock, c, ldc, start);
+      j += kHalf;
+    }
+    const int64_t tile = j < n ? ceil_div(n - j, ceil_div(n - j, kMostTransposed<T>)) : 1;
+    for (; j < n; j += tile) {
       const int64_t count = min_of(tile, n - j);
       [&]<int... I>(std::integer_sequence<int, I...>) {
-        ((count == I + 1
-              ? gemm_transposed_columns<T, I + 1>(m, terms, j, k, k + kBlock, c, ldc, start)
-              : void()),
+        ((count == I + 1 ? (m == 1 ? gemm_transposed_columns<T, 1, I + 1>(m, terms, j, k,
+                                                                          k + kBlock, c, ldc, start)
+                                   : gemm_transposed_columns<T, transposed_rows<T>(I + 1), I + 1>(
+                                         m, terms, j, k, k + kBlock, c, ldc, start))
+                         : void()),
          ...);
       }(std::make_integer_sequence<int, kMostTransposed<T>>{});
     }

@@ -79,11 +79,13 @@ inline int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-// Past the dispatcher: for small problems its few microseconds a tensor count.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  std::vector<int64_t> strides(size.size());
+// Past the dispatcher and the heap: for small problems a few microseconds a tensor count.
+inline Tensor empty(const Tensor& like, const int64_t* size, int64_t dim, ScalarType dtype) {
+  constexpr int64_t kMostDims = 64;  // torch's limit
+  STD_TORCH_CHECK(dim <= kMostDims, "fastmeta: a tensor of too many dimensions");
+  std::array<int64_t, kMostDims> strides;
   int64_t stride = 1;
-  for (size_t i = size.size(); i-- > 0;) {
+  for (int64_t i = dim; i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(size[i], 1);
   }
@@ -91,10 +93,12 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, Scalar
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
-                                                  strides.data(), dtype_code(dtype), device, index,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, strides.data(), dtype_code(dtype),
+                                                  device, index, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return empty(like, size.data(), static_cast<int64_t>(size.size()), dtype);
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& size) {

@@ -44,7 +44,7 @@ struct Adapt {
   const void* query_y;    // as support_y; meta_step alone
   uint64_t seed;
 
-  void* prediction;      // [T, Q, *out] or nullptr
+  void* prediction;      // [T, Q, *out]; nullptr: not wanted, as in meta_step
   void* const* adapted;  // [T, *shape] each, or nullptr
   void* trajectory;      // [T, K, numbers of fast], in the engine's order; nullptr: not kept
   void* loss;            // [], the mean over the tasks; meta_step alone

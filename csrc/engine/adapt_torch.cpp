@@ -118,11 +118,12 @@ class Inputs {
   }
   void check_labels(const int64_t* labels, int64_t count, const char* name) const {
     const int64_t classes = program_->shapes.back().channels, ignore = program_->loss.ignore;
-    for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(labels[i] == ignore || (labels[i] >= 0 && labels[i] < classes),
-                      "fastmeta: ", name, " must be labels in [0, ", classes, ") or ", ignore,
-                      ", got ", labels[i]);
-    }
+    const auto bad = [=](int64_t y) { return (y != ignore) & ((y < 0) | (y >= classes)); };
+    bool any = false;  // without a way out the loop is one of vectors
+    for (int64_t i = 0; i < count; ++i) any |= bad(labels[i]);
+    if (!any) return;
+    STD_TORCH_CHECK(false, "fastmeta: ", name, " must be labels in [0, ", classes, ") or ", ignore,
+                    ", got ", *std::find_if(labels, labels + count, bad));
   }
 
   std::shared_ptr<const Program> program_;
@@ -155,7 +156,9 @@ class Outputs {
 
  private:
   Tensor make(const Tensor& like, bool wanted) const {
-    return bridge::empty(like_, wanted ? shape_of(like) : std::vector<int64_t>{0}, dtype_);
+    if (wanted) return bridge::empty(like_, like.sizes().data(), like.dim(), dtype_);
+    const int64_t none = 0;
+    return bridge::empty(like_, &none, 1, dtype_);
   }
   void one(const Tensor& like, bool wanted, Tensors* out, void** data) const {
     out->push_back(make(like, wanted));
@@ -228,20 +231,17 @@ std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> adapt_backward(
           out.grad_query_x[0]};
 }
 
-std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor, Tensor> meta_step(
+std::tuple<Tensor, Tensors, Tensors, Tensor, Tensor, Tensor> meta_step(
     std::string program, Tensors fast, Tensors shared, Tensor rates, Tensor support_x,
     Tensor support_y, Tensor query_x, Tensor query_y, int64_t steps, int64_t seed, bool first_order,
     int64_t wanted) {
   Inputs in(program, fast, shared, rates, support_x, support_y, query_x, steps, seed);
   in.args.query_y = in.target(query_y, "query_y", in.args.queries);
   Outputs out(in, fast, shared, rates, support_x, query_x, first_order, wanted);
-  Tensor prediction = bridge::empty(fast[0], in.prediction_shape(), in.dtype());
   Tensor loss = bridge::empty(fast[0], {}, in.dtype());
-  in.args.prediction = prediction.mutable_data_ptr();
   in.args.loss = loss.mutable_data_ptr();
   FASTMETA_DISPATCH(current_isa(), engine, meta_step, in.args, out.gradients, bridge::parallel_for);
   return {loss,
-          prediction,
           out.grad_fast,
           out.grad_shared,
           out.grad_rates[0],

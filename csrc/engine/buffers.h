@@ -27,6 +27,8 @@ class Buffers {
     std::vector<int64_t> y, dy, gy, dgy;                          // of each value; -1: none
     std::vector<int64_t> saved;                                   // of each node
     std::vector<std::unique_ptr<convolution::Places<T>>> places;  // likewise; convolutions alone
+    int64_t turned_input = -1;                                    // the last layer's turned_x
+    int64_t labels = -1;                                          // of cross_entropy
   };
 
   // Places from kOutside on are no part of the task's memory, but with the caller: the input's rows
@@ -65,7 +67,7 @@ class Buffers {
       p.places.resize(values);
       // The input's values and cotangents may lie with the caller.
       const auto take_value = [&](int v, Outside of_input) {
-        const int64_t size = rows * plan.shapes[v].row();
+        const int64_t size = plan.shapes[v].size(rows);
         return v == 0 && lies_alike(plan.shapes[0]) ? kOutside + of_input : take(size);
       };
       const auto place_value = [&](int v) {
@@ -83,9 +85,13 @@ class Buffers {
         scratch = std::max(scratch, numbers(is_product ? product::scratch_bytes<T>(n, rows)
                                                        : layers::scratch_bytes<T>(n, rows)));
       };
+      if (plan.program.loss.kind == LossKind::kCrossEntropy) p.labels = take(padded<T>(rows));
+      if (plan.turns_input()) {
+        p.turned_input = take(plan.nodes.back().in.channels * plan.out().padded_rows(rows));
+      }
       for (int v = 0; v < values; ++v) {
         if (!plan.live[v]) continue;
-        const int64_t size = rows * plan.shapes[v].row();
+        const int64_t size = plan.shapes[v].size(rows);
         const bool dynamic = !plan.is_static[v];
         if (query || !dynamic) place_value(v);
         if (query) {
@@ -108,7 +114,7 @@ class Buffers {
       for (int v = 0; v < values; ++v) {
         if (!plan.live[v] || plan.is_static[v]) continue;
         place_value(v);
-        p.gy[v] = take(rows * plan.shapes[v].row());
+        p.gy[v] = take(plan.shapes[v].size(rows));
       }
       record = total - begin;
       const int64_t bytes = record * static_cast<int64_t>(sizeof(T));
@@ -125,9 +131,10 @@ class Buffers {
       FactoredBuffers<T> b;
       b.gram_ld = padded<T>(s);
       b.gram = take(s * b.gram_ld);
-      b.query_gram = take(q * b.gram_ld);
-      b.base = take(s * n.out.ld);
-      if (wants.second_order) b.tangents = take(s * n.out.ld);
+      b.query_gram_ld = n.out.lanes > 0 ? n.out.padded_rows(q) : b.gram_ld;
+      b.query_gram = take((n.out.lanes > 0 ? s : q) * b.query_gram_ld);
+      b.base = take(n.out.size(s));
+      if (wants.second_order) b.tangents = take(n.out.size(s));
       const bool x = wants.second_order && support_wanted[n.input];
       if (x) b.gram_gradient = take(s * b.gram_ld);
       if (x || (wants.backward && query_wanted[n.input]))

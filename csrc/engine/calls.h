@@ -120,6 +120,7 @@ class Calls {
     value(n.var, &x.var, &made->var);
     x.saved = at(p.saved[v]);
     x.places = p.places[v].get();
+    if (v == static_cast<int>(c_.plan.nodes.size())) x.turned_x = at(p.turned_input);
     x.scratch = at(b_.scratch);
     x.seed = c_.args.seed;
     made->moves = support && !c_.plan.is_static[v];

@@ -14,7 +14,8 @@
 //   W_0's gradient: gy_Q^T X_Q + (sum_k D'_k)^T X
 //
 // The engine's vectors of adapted parameters hold A where W would stand (Layout::kFactored), and
-// their gradient -D, so that steps and rates treat it as any parameter.
+// their gradient -D, so that steps and rates treat it as any parameter. A and D lie as y does:
+// where y is turned, [outputs, supports], the products above are those of the transposed matrices.
 #pragma once
 #include "engine/layers/product.h"
 #include "engine/plan.h"
@@ -24,11 +25,12 @@ namespace fastmeta::engine::FASTMETA_ISA {
 // Memory of one factored layer for one task, in numbers from its beginning.
 template <class T>
 struct FactoredBuffers {
-  int64_t gram = -1, query_gram = -1;  // [S, ld of S], [Q, ld of S]
-  int64_t base = -1;                   // X W_0^T, as y
-  int64_t tangents = -1;               // sum over the steps of D', as y
+  int64_t gram = -1;        // X X^T, [S, ld of S]
+  int64_t query_gram = -1;  // X_Q X^T, [Q, ld of S]; X X_Q^T, [S, ld of Q], for turned y
+  int64_t base = -1;        // X W_0^T, as y
+  int64_t tangents = -1;    // sum over the steps of D', as y
   int64_t gram_gradient = -1, query_gram_gradient = -1;
-  int64_t gram_ld = 0;
+  int64_t gram_ld = 0, query_gram_ld = 0;
 };
 
 template <class T>
@@ -48,7 +50,13 @@ class FactoredLayer {
     const int64_t ld = node_.in.ld, n = node_.in.channels;
     const ConstMatrix<T> rows{x, supports_, ld, ld};
     gemm_transposed<T, 1>(supports_, {{x, ld, rows, n}}, at(b_.gram), b_.gram_ld);
-    gemm_transposed<T, 1>(queries_, {{query_x, ld, rows, n}}, at(b_.query_gram), b_.gram_ld);
+    if (turned()) {
+      gemm_transposed<T, 1>(supports_, {{x, ld, {query_x, queries_, ld, ld}, n}}, at(b_.query_gram),
+                            b_.query_gram_ld);
+    } else {
+      gemm_transposed<T, 1>(queries_, {{query_x, ld, rows, n}}, at(b_.query_gram),
+                            b_.query_gram_ld);
+    }
     product::to_output<T>(dims(supports_), {x, w}, {}, {}, at(b_.base));
     for (int64_t place : {b_.tangents, b_.gram_gradient}) {
       if (place >= 0) std::fill_n(at(place), size_of(place), T(0));
@@ -57,38 +65,27 @@ class FactoredLayer {
 
   // y = X W_0^T + b - (X X^T) A
   void forward(const T* a, const T* bias, T* y) const {
-    const int64_t ld = node_.out.ld;
     const T* base = at(b_.base);
-    for (int64_t i = 0; bias != nullptr && i < supports_; ++i) {
-      for (int64_t c = 0; c < ld; ++c) y[i * ld + c] = base[i * ld + c] + bias[c];
-    }
-    GemmStart<T> start{T(-1), nullptr, bias != nullptr ? y : base};
-    gemm<T>(supports_, supports_, at(b_.gram), b_.gram_ld, 1, state(a), output(y, supports_),
-            start);
+    if (bias != nullptr) each_bias(bias, [=](int64_t i, T b) { y[i] = base[i] + b; });
+    subtract_product(a, bias != nullptr ? y : base, y);
   }
 
   // dy = -direction + db, the direction in A's place being -rate * a.
   void tangent(const T* direction, const T* db, T* dy) const {
-    const int64_t ld = node_.out.ld;
-    for (int64_t i = 0; i < supports_; ++i) {
-      for (int64_t c = 0; c < ld; ++c) {
-        dy[i * ld + c] = (db == nullptr ? T(0) : db[c]) - direction[i * ld + c];
-      }
-    }
+    if (db != nullptr) return each_bias(db, [=](int64_t i, T b) { dy[i] = b - direction[i]; });
+    for (int64_t i = 0; i < size(); ++i) dy[i] = -direction[i];
   }
 
   // What stands for A's gradient: -D.
   void gradient(const T* gy, T* g) const {
-    for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) g[i] = -gy[i];
+    for (int64_t i = 0; i < size(); ++i) g[i] = -gy[i];
   }
 
   // a's cotangent -= (X X^T) D'. A is that of this step.
   void product(const T* dgy, const T* a, T* out) const {
-    const GemmStart<T> start{T(-1), nullptr, out};
-    gemm<T>(supports_, supports_, at(b_.gram), b_.gram_ld, 1, state(dgy), output(out, supports_),
-            start);
+    subtract_product(dgy, out, out);
     T* sum = at(b_.tangents);
-    for (int64_t i = 0; i < supports_ * node_.out.ld; ++i) sum[i] += dgy[i];
+    for (int64_t i = 0; i < size(); ++i) sum[i] += dgy[i];
     if (b_.gram_gradient >= 0) {
       take_products(supports_, dgy, a, at(b_.gram_gradient), true);
     }
@@ -97,18 +94,30 @@ class FactoredLayer {
   void query_forward(const T* w, const T* a, const T* bias, T* y) const {
     product::to_output<T>(dims(queries_), {query_x_, w}, {}, {T(1), bias}, y);
     const GemmStart<T> start{T(-1), nullptr, y};
-    gemm<T>(queries_, supports_, at(b_.query_gram), b_.gram_ld, 1, state(a), output(y, queries_),
-            start);
+    const product::Dims<T> d = dims(queries_);
+    if (turned()) {
+      gemm<T>(d.outputs, supports_, a, dims(supports_).ldy, 1,
+              {at(b_.query_gram), supports_, d.ldy, d.ldy}, {y, d.outputs, d.ldy, d.ldy}, start);
+    } else {
+      gemm<T>(queries_, supports_, at(b_.query_gram), b_.query_gram_ld, 1, state(a),
+              {y, queries_, d.ldy, d.ldy}, start);
+    }
   }
 
   // Adds to a's cotangent, to W_0's gradient (or writes it) and, where given, to the query's
   // cotangent.
   void query_backward(const T* w, const T* a, const T* gy, T* cotangent, T* gw, bool writes, T* gx,
                       bool add_gx, T* scratch) {
-    const int64_t ld = node_.out.ld;
+    const product::Dims<T> d = dims(queries_);
     GemmStart<T> start{T(-1), nullptr, cotangent};
-    gemm<T>(supports_, queries_, at(b_.query_gram), 1, b_.gram_ld, {gy, queries_, ld, ld},
-            output(cotangent, supports_), start);
+    if (turned()) {
+      const ConstMatrix<T> gram{at(b_.query_gram), supports_, b_.query_gram_ld, b_.query_gram_ld};
+      gemm_transposed<T, 1>(d.outputs, {{gy, d.ldy, gram, queries_}}, cotangent,
+                            dims(supports_).ldy, start);
+    } else {
+      gemm<T>(supports_, queries_, at(b_.query_gram), 1, b_.query_gram_ld,
+              {gy, queries_, d.ldy, d.ldy}, output(cotangent), start);
+    }
     add_to_weight(query_x_, gy, queries_, gw, !writes);
     if (b_.query_gram_gradient >= 0) {
       take_products(queries_, gy, a, at(b_.query_gram_gradient), false);
@@ -156,18 +165,51 @@ class FactoredLayer {
 
  private:
   T* at(int64_t place) const { return memory_ + place; }
+  bool turned() const { return node_.out.lanes > 0; }
+  int64_t size() const { return node_.out.size(supports_); }  // of A, and of y of the supports
   int64_t size_of(int64_t place) const {
-    return supports_ * (place == b_.tangents ? node_.out.ld : b_.gram_ld);
+    return place == b_.tangents ? size() : supports_ * b_.gram_ld;
   }
   product::Dims<T> dims(int64_t rows) const { return product::Dims<T>(node_, rows); }
-  ConstMatrix<T> state(const T* a) const { return {a, supports_, node_.out.ld, node_.out.ld}; }
+  // A, or y of the supports, as it lies.
+  template <class P>
+  Matrix<P> output(P* y) const {
+    const product::Dims<T> d = dims(supports_);
+    return {y, turned() ? d.outputs : supports_, d.ldy, d.ldy};
+  }
+  ConstMatrix<T> state(const T* a) const { return output(a); }
   ConstMatrix<T> inputs(const T* x) const { return {x, supports_, node_.in.ld, node_.in.ld}; }
-  Matrix<T> output(T* y, int64_t rows) const { return {y, rows, node_.out.ld, node_.out.ld}; }
+
+  // f(i, the bias of number i) for the numbers of y of the supports.
+  template <class F>
+  void each_bias(const T* bias, F f) const {
+    const Matrix<const T> y = state(nullptr);
+    for (int64_t r = 0; r < y.rows; ++r) {
+      for (int64_t c = 0; c < y.cols; ++c) f(r * y.ld + c, bias[turned() ? r : c]);
+    }
+  }
+
+  // out = from - (X X^T) a
+  void subtract_product(const T* a, const T* from, T* out) const {
+    const GemmStart<T> start{T(-1), nullptr, from};
+    const ConstMatrix<T> gram{at(b_.gram), supports_, b_.gram_ld, b_.gram_ld}, of = state(a);
+    if (turned()) {
+      gemm<T>(of.rows, supports_, a, of.ld, 1, gram, output(out), start);
+    } else {
+      gemm<T>(supports_, supports_, gram.data, gram.ld, 1, of, output(out), start);
+    }
+  }
 
   // out = (out) - gy A^T: what is gained for a Gram matrix from its products with A.
   void take_products(int64_t rows, const T* gy, const T* a, T* out, bool add) const {
-    gemm_transposed<T, 1>(rows, {{gy, node_.out.ld, state(a), node_.out.channels}}, out, b_.gram_ld,
-                          {T(-1), nullptr, add ? out : nullptr});
+    const GemmStart<T> start{T(-1), nullptr, add ? out : nullptr};
+    const product::Dims<T> d = dims(rows);
+    if (turned()) {
+      gemm<T>(rows, d.outputs, gy, d.y_row(), d.y_col(), state(a),
+              {out, rows, b_.gram_ld, b_.gram_ld}, start);
+    } else {
+      gemm_transposed<T, 1>(rows, {{gy, d.ldy, state(a), d.outputs}}, out, b_.gram_ld, start);
+    }
   }
 
   // gw (+)= X^T gy

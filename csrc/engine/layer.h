@@ -15,7 +15,7 @@
 // Values are [rows, pixels, ld] with ld >= channels: flat features have one pixel, images are
 // [rows, height, width, channels]. Lanes of a row past its channels are padding that holds anything
 // finite in values and zero in cotangents (gy, dgy come with zeros there, gx, dgx must leave
-// zeros).
+// zeros). A prediction of few channels is [channels, rows], padding past its rows likewise.
 #pragma once
 #include <cstdint>
 
@@ -73,6 +73,8 @@ struct LayerCall {
 
   // conv2d: where its numbers lie (convolution_places.h).
   const convolution::Places<T>* places = nullptr;
+  // linear: x as [inputs, rows], where no step changes it (product::turn_input).
+  T* turned_x = nullptr;
 
   // saved_bytes(node, rows) bytes that stay untouched from forward to backward, 64-byte aligned:
   // statistics, places of maxima. The dual passes use the same block.

@@ -19,14 +19,15 @@ enum class Layout {
   kRows,    // [outputs][inputs], rows of whole vectors (layers/narrow.h)
   kVector,  // [channels], padded
   kImage,   // [pixels][padded channels]
-  kFactored,  // of a weight in factored form: [supports][padded outputs] (factored.h)
+  kFactored,  // of a weight in factored form: as its layer's output (factored.h)
 };
 
 // A parameter in torch's layout and in the engine's.
 struct Param {
   Layout layout = Layout::kNone;
   int64_t outputs = 0, inputs = 0, taps = 1, groups = 1;  // kMatrix: of a group; kRows
-  int64_t channels = 0, pixels = 1;                       // kVector, kImage; kFactored: supports
+  int64_t channels = 0, pixels = 1;                       // kVector, kImage
+  int64_t rows = 0, cols = 0;                             // kFactored, cols padded
   int64_t offset = 0, size = 0;                           // in the engine's buffer
   int64_t torch_offset = 0, numel = 0;  // among the parameters of its list, flattened
   int uses = 0;
@@ -67,6 +68,10 @@ class Plan {
       Node& n = nodes[i];
       n.in = shapes[n.input];
       n.out = shapes[i + 1];
+      // Of few outputs the prediction has its rows along the lanes: losses take it so.
+      if (i + 1 == nodes.size() && narrow::applies<T>(n)) {
+        shapes[i + 1].lanes = n.out.lanes = kWidth<T>;
+      }
       place(n);
       is_static[i + 1] = is_static[n.input] && (n.input2 < 0 || is_static[n.input2]) &&
                          !n.w.adapted && !n.b.adapted && n.kind != Kind::kDropout;
@@ -97,6 +102,11 @@ class Plan {
     return (ref.adapted ? fast : shared).params[ref.index];
   }
   const Shape& out() const { return shapes.back(); }
+  // Whether the prediction has its rows along the lanes, of an input that no step changes.
+  bool turns_input() const {
+    return out().lanes > 0 && is_static[nodes.back().input] &&
+           !(factored.size() > 0 && factored.back().value == static_cast<int>(nodes.size()));
+  }
   // Numbers of one step's rates: those of each number lie as the parameters do.
   int64_t rate_width(const Adapt& args) const {
     return args.rate_each_number() ? fast.size : args.rate_cols;
@@ -158,7 +168,8 @@ class Plan {
       factored_size += ceil_div(weights, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
       factored.push_back(f);
       w.layout = Layout::kFactored;
-      w.channels = s;
+      w.rows = n.out.lanes > 0 ? n.out.channels : s;
+      w.cols = n.out.lanes > 0 ? s : n.out.channels;
     }
     if (!factored.empty()) lay_out(fast);
   }
@@ -228,7 +239,7 @@ class Plan {
           p.size = p.pixels * padded<T>(p.channels);
           break;
         case Layout::kFactored:
-          p.size = p.channels * padded<T>(p.outputs);
+          p.size = p.rows * padded<T>(p.cols);
           break;
         case Layout::kNone:
           break;
@@ -304,7 +315,7 @@ void for_each_run(const Param& p, F f) {
     return;
   }
   if (p.layout == Layout::kFactored) {
-    for (int64_t i = 0; i < p.channels; ++i) run(i * padded<T>(p.outputs), p.outputs);
+    for (int64_t i = 0; i < p.rows; ++i) run(i * padded<T>(p.cols), p.cols);
     return;
   }
   if (p.layout != Layout::kMatrix) {
@@ -361,6 +372,14 @@ void export_param(const Param& p, const T* engine, T* torch) {
 template <class T>
 void import_rows(const Shape& s, int64_t rows, const T* torch, T* engine) {
   const int64_t pixels = s.pixels();
+  if (s.lanes > 0) {
+    const int64_t ld = s.padded_rows(rows);
+    std::fill_n(engine, s.channels * ld, T(0));
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t c = 0; c < s.channels; ++c) engine[c * ld + n] = torch[n * s.channels + c];
+    }
+    return;
+  }
   if (s.channels == 1 && s.ld == 1) {
     std::copy_n(torch, rows * pixels, engine);
     return;
@@ -384,6 +403,13 @@ void import_rows(const Shape& s, int64_t rows, const T* torch, T* engine) {
 template <class T>
 void export_rows(const Shape& s, int64_t rows, const T* engine, T* torch) {
   const int64_t pixels = s.pixels();
+  if (s.lanes > 0) {
+    const int64_t ld = s.padded_rows(rows);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t c = 0; c < s.channels; ++c) torch[n * s.channels + c] = engine[c * ld + n];
+    }
+    return;
+  }
   if (pixels == 1) {
     for (int64_t n = 0; n < rows; ++n) {
       std::copy_n(engine + n * s.ld, s.channels, torch + n * s.channels);

@@ -51,8 +51,15 @@ struct Shape {
   int64_t channels = 0, height = 1, width = 1;
   bool flat = true;  // [features], not [channels, height, width]
   int64_t ld = 0;  // channels as stored: a multiple of the vector width, or channels (input alone)
+  // Where not 0, the value lies as [channels][rows], rows padded to a multiple of this.
+  int64_t lanes = 0;
   int64_t pixels() const { return height * width; }
   int64_t row() const { return pixels() * ld; }  // numbers a row takes in memory
+  int64_t padded_rows(int64_t rows) const { return (rows + lanes - 1) / lanes * lanes; }
+  // Numbers that `rows` rows take.
+  int64_t size(int64_t rows) const {
+    return lanes > 0 ? channels * padded_rows(rows) : rows * row();
+  }
 };
 
 struct Node {

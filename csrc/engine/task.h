@@ -52,6 +52,10 @@ class Task {
       import_rows(in, a.supports, support_x, at(b_.support.y[0]));
       if (a.queries > 0) import_rows(in, a.queries, query_x, at(b_.query.y[0]));
     }
+    if (c_.plan.program.loss.kind == LossKind::kCrossEntropy) {
+      support_counted_ = prepare(a.support_y, a.supports, b_.support.labels);
+      query_counted_ = prepare(a.query_y, a.queries, b_.query.labels);
+    }
     const Moment<T> beginning{c_.theta, 0, 0, task};
     for (int v = 1; v < values(); ++v) {
       if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(calls_.support(v, beginning));
@@ -61,6 +65,7 @@ class Task {
     for (int v = 1; !factored_.empty() && a.queries > 0 && v < values(); ++v) {
       if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(calls_.query(v, queries));
     }
+    if (b_.support.turned_input >= 0) product::turn_input(calls_.support(values() - 1, beginning));
     for (size_t i = 0; i < factored_.size(); ++i) {
       const int u = c_.plan.nodes[c_.plan.factored[i].value - 1].input;
       factored_[i].begin(at(b_.support.y[u]), at(b_.query.y[u]), weight(i));
@@ -93,6 +98,7 @@ class Task {
     for (int v = 1; v < values(); ++v) {
       if (!c_.plan.live[v] || (!factored_.empty() && c_.plan.is_static[v])) continue;
       const LayerCall<T>& x = calls_.query(v, of_queries(theta));
+      if (x.turned_x != nullptr) product::turn_input(x);
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].query_forward(weight(f), x.w, x.b, x.y);
       } else {
@@ -118,7 +124,7 @@ class Task {
     LossCall<T> x = loss_call(b_.query, 0, c_.args.queries, c_.args.query_y);
     if (x.g == nullptr) return loss_value(x);
     const double loss = loss_and_gradient(x);
-    for (int64_t i = 0; i < c_.args.queries * c_.plan.out().row(); ++i) x.g[i] *= scale;
+    for (int64_t i = 0; i < c_.plan.out().size(c_.args.queries); ++i) x.g[i] *= scale;
     return loss;
   }
 
@@ -321,7 +327,7 @@ class Task {
     return c_.plan.fast.params[c_.plan.factored[f].param].offset;
   }
   static void add_bias_gradient(const Node* n, int64_t rows, const T* gy, T* gb) {
-    if (gb != nullptr) add_column_sums(rows, gy, n->out.ld, n->out.ld, gb);
+    if (gb != nullptr) product::to_bias<T>(product::Dims<T>(*n, rows), gy, gb, T(1), gb);
   }
 
   int values() const { return static_cast<int>(c_.plan.shapes.size()); }
@@ -378,6 +384,17 @@ class Task {
     });
   }
 
+  const T* class_weights() const {
+    const ParamRef& weight = c_.plan.program.loss.weight;
+    return weight ? c_.shared + c_.plan.param(weight).offset : nullptr;
+  }
+
+  double prepare(const void* labels, int64_t rows, int64_t place) const {
+    if (labels == nullptr) return 0;
+    const int64_t* own = static_cast<const int64_t*>(labels) + task_ * rows;
+    return prepare_labels(c_.plan.program.loss, own, rows, class_weights(), at(place));
+  }
+
   LossCall<T> loss_call(const Pass& p, int64_t record, int64_t rows, const void* target) const {
     const Loss& loss = c_.plan.program.loss;
     LossCall<T> x{};
@@ -386,12 +403,13 @@ class Task {
     x.rows = rows;
     x.prediction = at(p.y.back() + record);
     if (loss.kind == LossKind::kCrossEntropy) {
-      x.labels = static_cast<const int64_t*>(target) + task_ * rows;
+      x.labels = at(p.labels);
+      x.counted = &p == &b_.support ? support_counted_ : query_counted_;
     } else {
       x.targets =
           static_cast<const T*>(target) + task_ * rows * x.shape.channels * x.shape.pixels();
     }
-    if (loss.weight) x.weight = c_.shared + c_.plan.param(loss.weight).offset;
+    x.weight = class_weights();
     if (p.gy.back() >= 0) x.g = at(p.gy.back() + record);
     return x;
   }
@@ -432,6 +450,7 @@ class Task {
   std::vector<int> factored_at_;      // of each value: which of factored_ makes it, -1 if none
   std::vector<bool> updates_itself_;  // of each adapted parameter (support_pass)
   int64_t task_ = 0;
+  double support_counted_ = 0, query_counted_ = 0;  // of prepare_labels
 };
 
 }  // namespace fastmeta::engine::FASTMETA_ISA

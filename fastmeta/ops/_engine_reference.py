@@ -130,12 +130,12 @@ def meta_step(
     seed: int,
     first_order: bool,
     wanted: int,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """See `fastmeta.ops.engine`."""
     plan = parse(program)
     inputs = _leaves(Inputs(fast, shared, rates, support_x, query_x), wanted)
     total = _Total(inputs)
-    losses, predictions = [], []
+    losses = []
     order = 0 if not wanted else 1 if first_order else 2
     for task in range(support_x.shape[0]):
         with _autograd():
@@ -144,12 +144,7 @@ def meta_step(
             loss = task_loss(plan.loss, inputs.shared, prediction, query_y[task])
             total.add([loss], [torch.full_like(loss, 1 / support_x.shape[0])])
         losses.append(loss.detach())
-        predictions.append(prediction.detach())
-    return (
-        _stack(losses, rates.new_empty(0)).mean(),
-        _stack(predictions, query_x.new_empty(0, query_x.shape[1], *plan.output)),
-        *total.gradients(),
-    )
+    return _stack(losses, rates.new_empty(0)).mean(), *total.gradients()
 
 
 def per_parameter_rates(rates: Tensor, fast: Sequence[Tensor], step: int) -> list[Tensor]:

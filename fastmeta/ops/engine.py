@@ -20,8 +20,8 @@ gradient that is asked for (`WANTED`); the others come back with shape [0].
 
 ``adapt`` returns the prediction Tensor[T, Q, ...], the adapted weights Tensor[T, ...] each (if
 ``weights``, else of shape [0]) and, if ``record``, what its backward wants to have kept.
-``meta_step`` returns the mean over the tasks of their query losses Tensor[], the prediction, and
-the gradients of this mean: forward and backward in one pass, task after task. Both gradients are
+``meta_step`` returns the mean over the tasks of their query losses Tensor[] and the gradients of
+this mean: forward and backward in one pass, task after task. Both gradients are
 exact; a second differentiation is refused.
 """
 
@@ -136,7 +136,6 @@ def _fake_meta_step(
 ) -> tuple[Any, ...]:
     return (
         rates.new_empty(()),
-        _fake_prediction(program, support_x, query_x),
         *_fake_gradients(wanted, fast, shared, rates, support_x, query_x),
     )
 
@@ -248,7 +247,7 @@ adapt: Op = define_op(
 
 meta_step: Op = define_op(
     f"meta_step({_TENSORS}, Tensor query_y, int steps, int seed, bool first_order, int wanted) "
-    f"-> (Tensor loss, Tensor prediction, {_GRADIENTS})",
+    f"-> (Tensor loss, {_GRADIENTS})",
     reference=reference.meta_step,
     fake=_fake_meta_step,
     setup_context=_setup_nothing,

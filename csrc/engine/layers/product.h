@@ -25,11 +25,18 @@ struct Dims {
         outputs(n.out.channels),
         ldx(n.in.ld),
         input_cols(padded<T>(inputs)),
-        ldy(n.out.ld),
-        narrow(narrow::applies<T>(n)) {}
+        ldy(n.out.lanes > 0 ? n.out.padded_rows(rows) : n.out.ld),
+        narrow(narrow::applies<T>(n)),
+        turned(n.out.lanes > 0) {}
   int64_t positions, inputs, outputs;
-  int64_t ldx, input_cols, ldy;
+  int64_t ldx, input_cols;
+  int64_t ldy;  // from row to row of Y, or, where it is turned, from output to output
   bool narrow;
+  bool turned;  // Y is [outputs, positions]
+
+  // From position to position of Y, and from output to output.
+  int64_t y_row() const { return turned ? 1 : ldy; }
+  int64_t y_col() const { return turned ? ldy : 1; }
 
   // A matrix of weights, or of their gradient, where there are few outputs.
   template <class W>
@@ -98,17 +105,48 @@ static void to_input(const Dims<T>& d, const InputTerm<T> (&from)[kTerms], T* ou
   }
   GemmTerm<T> terms[kTerms];
   for (int t = 0; t < kTerms; ++t) {
-    terms[t] = {from[t].gy, d.ldy, 1, d.outputs, from[t].w.transposed};
+    terms[t] = {from[t].gy, d.y_row(), d.y_col(), d.outputs, from[t].w.transposed};
   }
   gemm<T>(d.positions, terms, {out, d.positions, d.input_cols, d.input_cols}, start);
 }
 
-// What goes into an output: x w.
+// What goes into an output: x w. turned_x: x as [inputs][rows], if it is at hand.
 template <class T>
 struct OutputTerm {
   const T* x;
   const T* w;
+  const T* turned_x = nullptr;
 };
+
+template <class T>
+static void turn_input(const LayerCall<T>& call) {
+  const Dims<T> d(*call.node, call.rows);
+  transpose_rows<T>({call.x, d.positions, d.input_cols, d.ldx}, 0, d.positions, d.inputs,
+                    {call.turned_x, d.inputs, d.ldy, d.ldy}, 0);
+}
+
+// to_output where Y is turned: W [outputs, inputs] X^T.
+template <class T, int kTerms>
+static void to_turned_output(const Dims<T>& d, const OutputTerm<T> (&from)[kTerms],
+                             GemmStart<T> start, T* y) {
+  if (start.bias != nullptr) {
+    for (int64_t o = 0; o < d.outputs; ++o) std::fill_n(y + o * d.ldy, d.ldy, start.bias[o]);
+    start = {start.alpha, nullptr, y};
+  }
+  if constexpr (kTerms == 1) {
+    if (from[0].turned_x != nullptr) {
+      const ConstMatrix<T> x{from[0].turned_x, d.inputs, d.ldy, d.ldy};
+      gemm<T, 1>(d.outputs, {{from[0].w, d.input_cols, 1, d.inputs, x}},
+                 {y, d.outputs, d.ldy, d.ldy}, start);
+      return;
+    }
+  }
+  TransposedTerm<T> terms[kTerms];
+  for (int t = 0; t < kTerms; ++t) {
+    terms[t] = {from[t].w, d.input_cols, {from[t].x, d.positions, d.ldx, d.ldx}, d.inputs};
+  }
+  gemm_transposed<T>(d.outputs, terms, y, d.ldy, start);
+}
 
 // y = start + alpha * the sum of the terms, of which null pointers mark those that are zero. Start
 // is a bias, y itself or 0.
@@ -117,6 +155,7 @@ static void to_output(const Dims<T>& d, const OutputTerm<T>& first, const Output
                       const GemmStart<T>& start, T* y) {
   const auto sum = [&](const auto&... terms) {
     constexpr int kTerms = sizeof...(terms);
+    if (d.turned) return to_turned_output<T, kTerms>(d, {terms...}, start, y);
     if (d.narrow) {
       return gemm_transposed<T, kTerms>(
           d.positions, {{terms.x, d.ldx, d.rows_of(terms.w), d.inputs}...}, y, d.ldy, start);
@@ -128,7 +167,10 @@ static void to_output(const Dims<T>& d, const OutputTerm<T>& first, const Output
   const bool two = second.x != nullptr && second.w != nullptr;
   if (one && two) return sum(first, second);
   if (one || two) return sum(one ? first : second);
-  for (int64_t i = 0; i < d.positions; ++i) {
+  for (int64_t o = 0; d.turned && o < d.outputs; ++o) {
+    std::fill_n(y + o * d.ldy, d.ldy, start.bias != nullptr ? start.bias[o] : T(0));
+  }
+  for (int64_t i = 0; !d.turned && i < d.positions; ++i) {
     for (int64_t c = 0; c < d.ldy; ++c) {
       y[i * d.ldy + c] = start.bias != nullptr ? start.bias[c] : T(0);
     }
@@ -150,9 +192,12 @@ static void to_weights(const Dims<T>& d, const WeightTerm<T> (&from)[kTerms],
   GemmTerm<T> terms[kTerms];
   for (int t = 0; t < kTerms; ++t) {
     const auto [x, gy] = from[t];
-    terms[t] = d.narrow
-                   ? GemmTerm<T>{gy, 1, d.ldy, d.positions, {x, d.positions, d.input_cols, d.ldx}}
-                   : GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
+    terms[t] = d.narrow ? GemmTerm<T>{gy,
+                                      d.y_col(),
+                                      d.y_row(),
+                                      d.positions,
+                                      {x, d.positions, d.input_cols, d.ldx}}
+                        : GemmTerm<T>{x, 1, d.ldx, d.positions, {gy, d.positions, d.ldy, d.ldy}};
   }
   gemm<T, kTerms>(to.rows, terms, to, start);
   const int64_t last = d.inputs / kWidth<T> * kWidth<T>;
@@ -163,12 +208,27 @@ static void to_weights(const Dims<T>& d, const WeightTerm<T> (&from)[kTerms],
   }
 }
 
+// gb = from + factor * the sums of gy over the positions.
+template <class T>
+static void to_bias(const Dims<T>& d, const T* gy, const T* from, T factor, T* gb) {
+  if (!d.turned) return add_column_sums(d.positions, gy, d.ldy, d.ldy, from, factor, gb);
+  for (int64_t o = 0; o < d.outputs; ++o) {
+    Vec<T> sum{};
+    for (int64_t i = 0; i < d.ldy; i += kWidth<T>) sum += load(gy + o * d.ldy + i);
+    gb[o] = from[o] + factor * hsum<T>(sum);
+  }
+  for (int64_t o = d.outputs; o < padded<T>(d.outputs); ++o) gb[o] = from[o];
+}
+
 // y = x w + b; and where dy is wanted, dy = dx w + x dw + db.
 template <class T>
 static void forward_both(const LayerCall<T>& call, bool dual) {
   const Dims<T> d(*call.node, call.rows);
-  if (!call.known) to_output<T>(d, {call.x, call.w}, {}, {T(1), call.b}, call.y);
-  if (dual) to_output<T>(d, {call.dx, call.w}, {call.x, call.dw}, {T(1), call.db}, call.dy);
+  const T* turned_x = call.turned_x;
+  if (!call.known) to_output<T>(d, {call.x, call.w, turned_x}, {}, {T(1), call.b}, call.y);
+  if (dual) {
+    to_output<T>(d, {call.dx, call.w}, {call.x, call.dw, turned_x}, {T(1), call.db}, call.dy);
+  }
 }
 
 template <class T>
@@ -179,10 +239,9 @@ static void backward_both(const LayerCall<T>& call, bool dual) {
     return update.from != nullptr ? update.from : own;
   };
   if (call.gb != nullptr) {
-    add_column_sums(d.positions, call.gy, d.ldy, d.ldy, from(call.b_update, call.gb),
-                    call.b_update.factor, call.gb);
+    to_bias(d, call.gy, from(call.b_update, call.gb), call.b_update.factor, call.gb);
   }
-  if (dual && call.dgb != nullptr) add_column_sums(d.positions, call.dgy, d.ldy, d.ldy, call.dgb);
+  if (dual && call.dgb != nullptr) to_bias<T>(d, call.dgy, call.dgb, T(1), call.dgb);
   if (call.gw != nullptr) {
     const GemmStart<T> start{call.w_update.factor, nullptr, from(call.w_update, call.gw)};
     to_weights<T, 1>(d, {{call.x, call.gy}}, start, call.gw);
