@@ -31,6 +31,30 @@
 
 namespace fastmeta::bridge {
 
+// A string argument of an op. Not std::string: torch 2.13 makes a copy of it in each call that it
+// never frees.
+struct Text {
+  std::string value;
+};
+
+}  // namespace fastmeta::bridge
+
+template <>
+struct torch::stable::detail::ToImpl<fastmeta::bridge::Text> {
+  static fastmeta::bridge::Text call(StableIValue value, uint64_t /*build*/, bool /*internal*/) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t size = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &size));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    fastmeta::bridge::Text text{{data, size}};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+namespace fastmeta::bridge {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

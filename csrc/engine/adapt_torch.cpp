@@ -179,11 +179,11 @@ class Outputs {
   std::vector<void*> fast_, shared_;
 };
 
-std::tuple<Tensor, Tensors, Tensor> adapt(std::string program, Tensors fast, Tensors shared,
+std::tuple<Tensor, Tensors, Tensor> adapt(const bridge::Text& program, Tensors fast, Tensors shared,
                                           Tensor rates, Tensor support_x, Tensor support_y,
                                           Tensor query_x, int64_t steps, int64_t seed,
                                           bool /*first_order*/, bool weights, bool record) {
-  Inputs in(program, fast, shared, rates, support_x, support_y, query_x, steps, seed);
+  Inputs in(program.value, fast, shared, rates, support_x, support_y, query_x, steps, seed);
   Tensor prediction = bridge::empty(fast[0], in.prediction_shape(), in.dtype());
   Tensors adapted;
   std::vector<void*> data;
@@ -203,10 +203,10 @@ std::tuple<Tensor, Tensors, Tensor> adapt(std::string program, Tensors fast, Ten
 }
 
 std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> adapt_backward(
-    std::string program, Tensors fast, Tensors shared, Tensor rates, Tensor support_x,
+    const bridge::Text& program, Tensors fast, Tensors shared, Tensor rates, Tensor support_x,
     Tensor support_y, Tensor query_x, int64_t steps, int64_t seed, bool first_order, int64_t wanted,
     Tensor trajectory, Tensor grad_prediction, Tensors grad_adapted) {
-  Inputs in(program, fast, shared, rates, support_x, support_y, query_x, steps, seed);
+  Inputs in(program.value, fast, shared, rates, support_x, support_y, query_x, steps, seed);
   bridge::check_shape(trajectory, "trajectory", in.trajectory_shape());
   Outputs out(in, fast, shared, rates, support_x, query_x, first_order, wanted);
   in.args.trajectory =
@@ -232,10 +232,10 @@ std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> adapt_backward(
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor, Tensor, Tensor> meta_step(
-    std::string program, Tensors fast, Tensors shared, Tensor rates, Tensor support_x,
+    const bridge::Text& program, Tensors fast, Tensors shared, Tensor rates, Tensor support_x,
     Tensor support_y, Tensor query_x, Tensor query_y, int64_t steps, int64_t seed, bool first_order,
     int64_t wanted) {
-  Inputs in(program, fast, shared, rates, support_x, support_y, query_x, steps, seed);
+  Inputs in(program.value, fast, shared, rates, support_x, support_y, query_x, steps, seed);
   in.args.query_y = in.target(query_y, "query_y", in.args.queries);
   Outputs out(in, fast, shared, rates, support_x, query_x, first_order, wanted);
   Tensor loss = bridge::empty(fast[0], {}, in.dtype());

@@ -279,34 +279,36 @@ std::tuple<Tensor, Tensor, Tensor> matching_attention(const Tensor& query, const
                                                       const Tensor& labels, const Tensor& scale,
                                                       const OptionalTensor& weight,
                                                       int64_t num_classes,
-                                                      const std::string& similarity,
+                                                      const bridge::Text& similarity,
                                                       bool keep_scores) {
-  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
+  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes,
+                     similarity.value);
   return forward(ops, {query.size(0), query.size(1), num_classes}, keep_scores);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_attention_backward(
     const Tensor& grad, const Tensor& query, const Tensor& support, const Tensor& labels,
     const Tensor& scale, const OptionalTensor& weight, const Tensor& logp, const Tensor& lse,
-    const Tensor& scores, int64_t num_classes, const std::string& similarity) {
-  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
+    const Tensor& scores, int64_t num_classes, const bridge::Text& similarity) {
+  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes,
+                     similarity.value);
   return backward(ops, grad, logp, lse, scores, {query.size(0), query.size(1), num_classes});
 }
 
 std::tuple<Tensor, Tensor, Tensor> matching_nll(const Tensor& query, const Tensor& support,
                                                 const Tensor& labels, const Tensor& targets,
                                                 const Tensor& scale, const OptionalTensor& weight,
-                                                int64_t num_classes, const std::string& similarity,
+                                                int64_t num_classes, const bridge::Text& similarity,
                                                 bool keep_scores) {
-  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
+  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity.value);
   return forward(ops, {query.size(0), query.size(1)}, keep_scores);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_nll_backward(
     const Tensor& grad, const Tensor& query, const Tensor& support, const Tensor& labels,
     const Tensor& targets, const Tensor& scale, const OptionalTensor& weight, const Tensor& nll,
-    const Tensor& lse, const Tensor& scores, int64_t num_classes, const std::string& similarity) {
-  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
+    const Tensor& lse, const Tensor& scores, int64_t num_classes, const bridge::Text& similarity) {
+  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity.value);
   return backward(ops, grad, nll, lse, scores, {query.size(0), query.size(1)});
 }
 
@@ -315,8 +317,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_attention_double_bac
     const OptionalTensor& grad_scale, const OptionalTensor& grad_weight, const Tensor& grad,
     const Tensor& query, const Tensor& support, const Tensor& labels, const Tensor& scale,
     const OptionalTensor& weight, const Tensor& logp, const Tensor& lse, int64_t num_classes,
-    const std::string& similarity) {
-  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes, similarity);
+    const bridge::Text& similarity) {
+  const Operands ops(query, support, labels, std::nullopt, scale, weight, num_classes,
+                     similarity.value);
   return double_backward(ops, grad_query, grad_support, grad_scale, grad_weight, grad, logp, lse,
                          {query.size(0), query.size(1), num_classes});
 }
@@ -326,8 +329,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matching_nll_double_backward(
     const OptionalTensor& grad_scale, const OptionalTensor& grad_weight, const Tensor& grad,
     const Tensor& query, const Tensor& support, const Tensor& labels, const Tensor& targets,
     const Tensor& scale, const OptionalTensor& weight, const Tensor& nll, const Tensor& lse,
-    int64_t num_classes, const std::string& similarity) {
-  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity);
+    int64_t num_classes, const bridge::Text& similarity) {
+  const Operands ops(query, support, labels, targets, scale, weight, num_classes, similarity.value);
   return double_backward(ops, grad_query, grad_support, grad_scale, grad_weight, grad, nll, lse,
                          {query.size(0), query.size(1)});
 }

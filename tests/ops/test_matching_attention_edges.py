@@ -18,6 +18,7 @@ from opcases import (
 )
 
 import fastmeta as fm
+from benchmarks._memory import resident
 
 
 def run(query, support, labels, scale, weight, classes, similarity, **options):
@@ -357,3 +358,15 @@ def test_the_scale_of_huge_distances_has_a_gradient(queries, isa):
             )
             grads.append(torch.autograd.grad(weighted_sum(logp), scale)[0])
     torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-4, atol=0)
+
+
+def test_calls_leave_no_memory_behind():
+    """A string that a call forgot would be 50 bytes, in 10,000 of them 0.5 MB."""
+    query, support = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
+    labels = torch.tensor([[0, 1, 1]])
+    start = 0
+    for call in range(11_000):
+        if call == 1000:
+            start = resident()
+        fm.matching_attention(query, support, labels, 2)
+    assert resident() - start < 200_000
