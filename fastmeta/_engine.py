@@ -91,10 +91,13 @@ class Prepared:
 class Engine:
     """Programs of one module, made when they are first needed."""
 
-    def __init__(self, loss: Loss, batch_norm: str, randomness: str) -> None:
+    def __init__(
+        self, loss: Loss, batch_norm: str, randomness: str, task_chunk: int | None
+    ) -> None:
         self._loss = loss
         self._batch_norm = batch_norm
         self._randomness = randomness
+        self._task_chunk = task_chunk
         self._model: nn.Module | None = None
         self._structure: Structure | None = None
         self._traces: dict[Any, Trace | str] = {}
@@ -103,10 +106,11 @@ class Engine:
         self._constants: dict[Any, Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> Engine:
-        return Engine(copy.deepcopy(self._loss, memo), self._batch_norm, self._randomness)
+        loss = copy.deepcopy(self._loss, memo)
+        return Engine(loss, self._batch_norm, self._randomness, self._task_chunk)
 
     def __reduce__(self) -> Any:
-        return Engine, (self._loss, self._batch_norm, self._randomness)
+        return Engine, (self._loss, self._batch_norm, self._randomness, self._task_chunk)
 
     def structure(self, model: nn.Module) -> Structure:
         """Where ``model`` holds its tensors. Looked up again when it has changed."""
@@ -221,6 +225,10 @@ class Engine:
         if program.random and self._randomness == "same":
             raise NoProgram("dropout is to be the same for all tasks")
         places = [i for i, name in enumerate(names) if name in used]
+        tensors = [structure.tensor(name) for name in fast], [structure.tensor(n) for n in shared]
+        if weight is not None:
+            tensors[1].append(weight)
+        _try_kernel(program, *tensors, supports.x, supports.y)
         return Prepared(program, program.text(), fast, shared, places, weight is not None)
 
     def _trace(self, model: nn.Module, row: Shape, rows: int, dtype: torch.dtype) -> Trace:
@@ -262,6 +270,8 @@ class Engine:
         if not rates.tensors:
             key = (rates.value, like.dtype, like.device)
             if key not in self._constants:
+                if len(self._constants) >= KEPT:  # a rate that is annealed
+                    self._constants.clear()
                 self._constants[key] = torch.full(
                     (1, 1), rates.value, dtype=like.dtype, device=like.device
                 )
@@ -354,6 +364,7 @@ class Engine:
             (len(fast), len(shared)),
             (supports.y, queries.y),
             (steps, self._seed(ready), first_order),
+            self._task_chunk,
         )
         return work, (*fast, *shared, table, ready.rows(supports.x), ready.rows(queries.x))
 
@@ -418,6 +429,20 @@ class Engine:
 
     def _seed(self, ready: Prepared) -> int:
         return int(torch.randint(2**62, ())) if ready.program.random else 0
+
+
+def _try_kernel(
+    program: Program, fast: list[Tensor], shared: list[Tensor], x: Tensor, y: Tensor
+) -> None:
+    """Run no tasks at all, for what only the kernel knows that it does not take."""
+    with torch.no_grad():
+        rates = x.new_zeros(1, 1)
+        none = x[:0].detach().reshape(0, x.shape[1], *program.input)
+        try:
+            adapt(program.text(), fast, shared, rates, none, y[:0], none, 1, 0, True, False, False)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).split("\n", 1)[0].removeprefix("fastmeta: ")
+            raise NoProgram(reason) from error
 
 
 def _program_loss(loss: NamedLoss, weight: str, like: Tensor) -> ProgramLoss:

@@ -29,18 +29,23 @@ class Work(NamedTuple):
         counts: Of adapted and of shared tensors; rates, supports and queries follow.
         targets: Those of supports and queries.
         options: Steps, seed, first order.
+        task_chunk: Tasks whose gradients are in memory at a time; None: what suits the kernel.
     """
 
     program: str
     counts: tuple[int, int]
     targets: tuple[Tensor, Tensor]
     options: tuple[int, int, bool]
+    task_chunk: int | None = None
 
     def __call__(
         self, tensors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor]]:
         """The mean query loss, and its gradients for those of ``tensors`` that need one."""
         fast, shared = self.counts[0], sum(self.counts)
+        tasks, chunk = tensors[-1].shape[0], self.task_chunk
+        if chunk is not None and chunk < tasks:
+            return self._by_chunks(tensors, needs, chunk)
         with _below_autograd():
             mean, fast_grads, shared_grads, *grads = _meta_step(
                 self.program,
@@ -55,6 +60,35 @@ class Work(NamedTuple):
             )
         found = [*fast_grads, *shared_grads, *grads]
         return mean, list(itertools.compress(found, needs))
+
+    def _by_chunks(
+        self, tensors: Sequence[Tensor], needs: Sequence[bool], chunk: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`__call__` for ``chunk`` tasks after the other."""
+        tasks, inputs = tensors[-1].shape[0], len(tensors) - 2
+        count = sum(needs[:inputs])
+        total = tensors[-1].new_zeros(())
+        sums: list[Tensor] = []
+        of_inputs: list[list[Tensor]] = [[] for need in needs[inputs:] if need]
+        steps, seed, first_order = self.options
+        with _below_autograd():
+            for start in range(0, tasks, chunk):
+                part = slice(start, start + chunk)
+                share = min(chunk, tasks - start) / tasks
+                # A chunk's dropout has masks of its own.
+                options = steps, (seed + start * 0x9E3779B97F4A7C15) % 2**62, first_order
+                targets = self.targets[0][part], self.targets[1][part]
+                work = self._replace(targets=targets, options=options, task_chunk=None)
+                mean, grads = work([*tensors[:inputs], *(t[part] for t in tensors[inputs:])], needs)
+                total.add_(mean, alpha=share)
+                if not start:
+                    sums = [grad.mul_(share) for grad in grads[:count]]
+                elif count:
+                    torch._foreach_add_(sums, grads[:count], alpha=share)
+                for parts, grad in zip(of_inputs, grads[count:], strict=True):
+                    parts.append(grad.mul_(share))
+                del grads  # before there are others
+        return total, sums + [torch.cat(parts) for parts in of_inputs]
 
     def loss(self, tensors: Sequence[Tensor]) -> Tensor:
         """The mean query loss, in autograd's graph."""

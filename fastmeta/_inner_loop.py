@@ -83,7 +83,7 @@ class TaskRunner:
         self.strategy = strategy
         self.task_chunk = task_chunk
         self.randomness = randomness
-        self.engine = Engine(loss, batch_norm, randomness)
+        self.engine = Engine(loss, batch_norm, randomness, task_chunk)
         self.passed: str | None = None
         self._recallable: tuple[str, str] | None = None
         self.proven = False
@@ -333,7 +333,9 @@ class TaskRunner:
             if self.recording:
                 raise
             first = str(error).strip().split("\n", 1)[0]
-            because, refuse = f"vmap failed with {type(error).__name__}: {first}", True
+            passed = f"; not the engine either: {self.passed}" if self.passed else ""
+            because = f"vmap failed with {type(error).__name__}: {first}{passed}"
+            refuse = True
         if state is not None:
             rng_restore(state, like.device)
         # An error of the user's shows here again, now in torch's own words for one task.

@@ -94,7 +94,8 @@ class MAML(nn.Module):
     ``strategy="loop"`` for that. A task of nothing but padding does not adapt. On CUDA the host
     waits for labels, once a call, only for these three; elsewhere no call waits for the device.
 
-    Memory: the engine keeps the parameters of each step, and for `loss` nothing but the gradients.
+    Memory: the engine keeps the parameters of each step, and for `loss` nothing but the gradients
+    and up to 32 sums of them (``task_chunk=n``: n at most).
     Otherwise, of each step only the ``T * parameters`` numbers that it starts from are kept, and of
     the last one its graph, ``2 * T * (parameters + outputs of all layers for the supports)``
     numbers; the prediction keeps the outputs of all layers for the queries. The backward pass runs

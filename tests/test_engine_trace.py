@@ -410,6 +410,48 @@ def test_plans():
         assert "not the engine: it is not compiled for cpu" in other.plan().reason
 
 
+def test_a_plan_names_what_stops_the_engine_where_vmap_fails_too():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.lstm(x[:, None])[0][:, -1])
+
+    maml = MAML(Last(), 0.1, 1)
+    with pytest.warns(UserWarning, match="vmap failed"):
+        maml(*maml_and_data()[1])
+    plan = maml.plan()
+    assert plan.strategy == "loop"
+    if fm.backend_info()["ops"]["meta_step"]["cpu"] == "native":
+        assert "not the engine either: the model (Last) has no engine form" in plan.reason
+
+
+def test_a_weight_in_two_shapes_is_left_to_others():
+    """What only the kernel finds: the layouts of a convolution's weight with groups and without."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = torch.tanh(F.conv2d(x, self.weight, padding=1))
+            return self.head(F.conv2d(x, self.weight, padding=1, groups=2).flatten(1))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 2, 4, 4), torch.randint(3, (2, 6))
+    model = Twice()
+    maml = MAML(model, 0.1, 1)
+    wanted = MAML(model, 0.1, 1, strategy="loop").loss(x, y, x, y)
+    torch.testing.assert_close(maml.loss(x, y, x, y), wanted)
+    if fm.backend_info()["ops"]["meta_step"]["cpu"] == "native":
+        assert "a parameter in two shapes" in maml.plan().reason
+        with pytest.raises(ValueError, match=r"strategy must be another here.*in two shapes"):
+            MAML(model, 0.1, 1, strategy="engine").loss(x, y, x, y)
+
+
 def test_asked_for_and_impossible_is_an_error():
     data = maml_and_data()[1]
     maml = MAML(nn.Sequential(nn.Linear(4, 4), nn.PReLU()), 0.1, 1, strategy="engine")
