@@ -302,7 +302,8 @@ def table(summary: dict[str, Any]) -> str:
             eager = f", of eager ({summary['eager']}) by {summary['ahead_of_eager']:.2f}"
         text.append(
             f"  ahead of the best ({summary['best']}) by {summary['ahead_of_best']:.2f}{eager}; "
-            f"floor {summary['floor_ms']:.3f} ms, {100 * summary['of_floor']:.0f}% of it reached"
+            f"floor of {summary['gflop']:.3g} GFLOP and {summary['traffic_mib']:.3g} MiB "
+            f"{summary['floor_ms']:.3f} ms, {100 * summary['of_floor']:.0f}% of it reached"
         )
     return "\n".join(text)
 

@@ -5,7 +5,8 @@ over the groups, and batch norm to one of all tasks' channels, whose second deri
 passes over memory. The ops of ``fastmeta.ops.task_layers`` compute the same, and stay one call.
 Here is where they are taken: on the CPU and CUDA, with their kernels loaded, in float32 and float64
 without autocast; and only where a tensor is mapped, for a layer that all tasks share is already one
-call. Convolutions that may round to TF32 are left to cuDNN, which is as fast with it.
+call. Convolutions that may round to TF32 are left to cuDNN, which is as fast with it; linear layers
+to torch, which maps them to one batched product, as their derivatives.
 """
 
 from __future__ import annotations
@@ -59,6 +60,21 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
+def _padding(
+    value: str | int | Sequence[int], size: Sequence[int], dilation: Any
+) -> tuple[int, int] | None:
+    """Rows and columns on each side; None where the sides differ."""
+    if value == "valid":
+        return 0, 0
+    if value != "same":
+        return _pair(value)
+    steps = _pair(dilation)
+    if steps is None:
+        return None
+    total = [d * (k - 1) for d, k in zip(steps, size, strict=True)]
+    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+
+
 def _one(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
@@ -73,9 +89,12 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor | None:
     """``F.conv2d`` with weights of each task; None for what is left to torch, errors among it."""
-    pairs = [_pair(v) for v in (stride, padding, dilation)]
-    fits = input.dim() == 4 and weight.dim() == 4 and all(p is not None for p in pairs)
-    if not fits or not _takes(weight, input, bias) or _may_round(weight):
+    if input.dim() != 4 or weight.dim() != 4:
+        return None
+    pairs = [_pair(stride), _padding(padding, weight.shape[2:], dilation), _pair(dilation)]
+    if any(p is None for p in pairs) or (padding == "same" and pairs[0] != (1, 1)):
+        return None
+    if not _takes(weight, input, bias) or _may_round(weight):
         return None
     geometry = [n for p in pairs if p is not None for n in p] + [groups]
     channels, outputs = input.shape[1], weight.shape[0]

@@ -14,10 +14,12 @@ LAYERS = {
     "dilated": lambda: nn.Conv2d(2, 4, 2, dilation=2, bias=False),
     "groups": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2),
     "same": lambda: nn.Conv2d(2, 4, 3, padding="same"),
+    "same dilated": lambda: nn.Conv2d(2, 4, (3, 2), padding="same", dilation=(1, 2)),
+    "uneven": lambda: nn.Conv2d(2, 4, 2, padding="same"),
     "valid": lambda: nn.Conv2d(2, 4, 3, padding="valid"),
     "reflect": lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
 }
-LEFT_TO_TORCH = {"same", "valid"}
+LEFT_TO_TORCH = {"uneven"}
 
 
 def model_of(name):
