@@ -12,7 +12,7 @@
 //
 // recomputing each step's activations, so that of the whole loop only theta_1 .. theta_K are kept:
 // K x P numbers a task. The same sweep gives the gradients of the rates (-g_k . lambda_{k+1}), of
-// the support inputs and of the shared parameters. See fastmeta/ops/adapt.py for shapes.
+// the support inputs and of the shared parameters. See fastmeta/ops/engine.py for shapes.
 //
 // A thread takes whole tasks. Sums over tasks run over fixed groups of tasks, then over the groups
 // in order, so results do not depend on the number of threads.

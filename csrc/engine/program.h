@@ -2,7 +2,7 @@
 // and memory layouts that the engine gives its values and parameters. Free of torch and of
 // instruction sets.
 //
-// The text (fastmeta/ops/_program.py writes it) has parts separated by ';':
+// The text (fastmeta/ops/_engine_program.py writes it) has parts separated by ';':
 //
 //   fm1;in=1x28x28;conv2d(0,w=f0,b=f1,out=64,k=3x3,s=2x2,p=1x1,d=1x1,g=1);...;loss=mse()
 //
