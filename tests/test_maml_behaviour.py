@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mamlcases import agree, batch, cross_entropy, make, meta_gradients, unroll
+from memorycases import resident
 from torch import nn
 
 from fastmeta.maml import MAML
@@ -383,10 +384,6 @@ def test_no_graph_survives_a_meta_step(name, options):
 
 
 def test_memory_does_not_grow_over_many_steps():
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
     model = nn.Sequential(nn.Linear(4, 200), nn.Tanh(), nn.Linear(200, 3))
     data = [d.float() if d.is_floating_point() else d for d in batch((4,), tasks=8)]
     maml = MAML(model, 0.1, 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mamlcases import agree, batch, cross_entropy, make, meta_gradients, unroll
+from memorycases import resident
 from torch import nn
 
 from fastmeta.maml import MAML
@@ -239,10 +240,6 @@ def test_what_the_backward_pass_needs_may_not_be_overwritten():
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 4}, {"learn_lr": "element"}])
 def test_memory_does_not_grow_over_a_thousand_meta_steps(options):
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 200), nn.BatchNorm1d(200), nn.Tanh(), nn.Linear(200, 3))
     data = [d.float() if d.is_floating_point() else d for d in batch((4,), tasks=8)]

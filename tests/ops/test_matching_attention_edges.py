@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from memorycases import resident
 from opcases import (
     CASES,
     NEG_INF,
@@ -18,7 +19,6 @@ from opcases import (
 )
 
 import fastmeta as fm
-from benchmarks._memory import resident
 
 
 def run(query, support, labels, scale, weight, classes, similarity, **options):
