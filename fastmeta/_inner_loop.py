@@ -316,8 +316,8 @@ class TaskRunner:
     def _vmap_or_loop(self, job: _Job) -> Any:
         like = job.like
         state = None if self.proven else rng_state(like.device)
+        passed = f"; not the engine: {self.passed}" if self.passed else ""
         try:
-            passed = f"; not the engine: {self.passed}" if self.passed else ""
             reason = f"torch.func.vmap can map the model over the tasks{passed}"
             result = self._vmap(job, reason)
             self.proven = True
@@ -333,9 +333,7 @@ class TaskRunner:
             if self.recording:
                 raise
             first = str(error).strip().split("\n", 1)[0]
-            passed = f"; not the engine either: {self.passed}" if self.passed else ""
-            because = f"vmap failed with {type(error).__name__}: {first}{passed}"
-            refuse = True
+            because, refuse = f"vmap failed with {type(error).__name__}: {first}{passed}", True
         if state is not None:
             rng_restore(state, like.device)
         # An error of the user's shows here again, now in torch's own words for one task.

@@ -425,7 +425,7 @@ def test_a_plan_names_what_stops_the_engine_where_vmap_fails_too():
     plan = maml.plan()
     assert plan.strategy == "loop"
     if fm.backend_info()["ops"]["meta_step"]["cpu"] == "native":
-        assert "not the engine either: the model (Last) has no engine form" in plan.reason
+        assert "; not the engine: the model (Last) has no engine form" in plan.reason
 
 
 def test_a_weight_in_two_shapes_is_left_to_others():

@@ -188,7 +188,7 @@ static void gemm_transposed_columns(int64_t m, const TransposedTerm<T> (&terms)[
 template <class T, int kTerms>
 static void gemm_transposed(int64_t m, const TransposedTerm<T> (&terms)[kTerms], T* c, int64_t ldc,
                             GemmStart<T> start = {}) {
-  constexpr int64_t kFewRows = 10;
+  constexpr int64_t kFewRows = 10;  // as many as a narrow layer has outputs, at most (narrow.h)
   constexpr int64_t kBlock = 4096 / sizeof(T);  // columns of which a tile stays in the first cache
   const int64_t n = terms[0].w.rows;
   int64_t cols = 0;
@@ -200,9 +200,11 @@ static void gemm_transposed(int64_t m, const TransposedTerm<T> (&terms)[kTerms],
     for (; m <= kFewRows && j + kW <= n; j += kW) {
       gemm_transposed_columns<T, 1, kW>(m, terms, j, k, k + kBlock, c, ldc, start);
     }
-    if (m <= kFewRows && kHalf > kMostTransposed<T> && j + kHalf <= n) {
-      gemm_transposed_columns<T, 1, kHalf>(m, terms, j, k, k + kBlock, c, ldc, start);
-      j += kHalf;
+    if constexpr (kHalf > kMostTransposed<T>) {
+      if (m <= kFewRows && j + kHalf <= n) {
+        gemm_transposed_columns<T, 1, kHalf>(m, terms, j, k, k + kBlock, c, ldc, start);
+        j += kHalf;
+      }
     }
     const int64_t tile = j < n ? ceil_div(n - j, ceil_div(n - j, kMostTransposed<T>)) : 1;
     for (; j < n; j += tile) {

@@ -125,12 +125,26 @@ static void turn_input(const LayerCall<T>& call) {
                     {call.turned_x, d.inputs, d.ldy, d.ldy}, 0);
 }
 
+// The bias, or zeros, in every position.
+template <class T>
+static void fill_output(const Dims<T>& d, const T* bias, T* y) {
+  if (d.turned) {
+    for (int64_t o = 0; o < d.outputs; ++o) {
+      std::fill_n(y + o * d.ldy, d.ldy, bias != nullptr ? bias[o] : T(0));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < d.positions; ++i) {
+    for (int64_t c = 0; c < d.ldy; ++c) y[i * d.ldy + c] = bias != nullptr ? bias[c] : T(0);
+  }
+}
+
 // to_output where Y is turned: W [outputs, inputs] X^T.
 template <class T, int kTerms>
 static void to_turned_output(const Dims<T>& d, const OutputTerm<T> (&from)[kTerms],
                              GemmStart<T> start, T* y) {
   if (start.bias != nullptr) {
-    for (int64_t o = 0; o < d.outputs; ++o) std::fill_n(y + o * d.ldy, d.ldy, start.bias[o]);
+    fill_output(d, start.bias, y);
     start = {start.alpha, nullptr, y};
   }
   if constexpr (kTerms == 1) {
@@ -167,14 +181,7 @@ static void to_output(const Dims<T>& d, const OutputTerm<T>& first, const Output
   const bool two = second.x != nullptr && second.w != nullptr;
   if (one && two) return sum(first, second);
   if (one || two) return sum(one ? first : second);
-  for (int64_t o = 0; d.turned && o < d.outputs; ++o) {
-    std::fill_n(y + o * d.ldy, d.ldy, start.bias != nullptr ? start.bias[o] : T(0));
-  }
-  for (int64_t i = 0; !d.turned && i < d.positions; ++i) {
-    for (int64_t c = 0; c < d.ldy; ++c) {
-      y[i * d.ldy + c] = start.bias != nullptr ? start.bias[c] : T(0);
-    }
-  }
+  fill_output(d, start.bias, y);
 }
 
 // What goes into a weight's gradient: x^T gy.
