@@ -131,13 +131,18 @@ class Buffers {
       FactoredBuffers<T> b;
       b.gram_ld = padded<T>(s);
       b.gram = take(s * b.gram_ld);
-      b.query_gram_ld = n.out.lanes > 0 ? n.out.padded_rows(q) : b.gram_ld;
-      b.query_gram = take((n.out.lanes > 0 ? s : q) * b.query_gram_ld);
+      if (f.whole) {
+        b.weight = take(f.weight.size);
+        if (wants.backward) b.weight_gradient = take(f.weight.size);
+      } else {
+        b.query_gram_ld = n.out.lanes > 0 ? n.out.padded_rows(q) : b.gram_ld;
+        b.query_gram = take((n.out.lanes > 0 ? s : q) * b.query_gram_ld);
+      }
       b.base = take(n.out.size(s));
       if (wants.second_order) b.tangents = take(n.out.size(s));
       const bool x = wants.second_order && support_wanted[n.input];
       if (x) b.gram_gradient = take(s * b.gram_ld);
-      if (x || (wants.backward && query_wanted[n.input]))
+      if (!f.whole && (x || (wants.backward && query_wanted[n.input])))
         b.query_gram_gradient = take(q * b.gram_ld);
       factored.push_back(b);
       // A whole weight on its way in or out, and its transpose.

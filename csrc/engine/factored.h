@@ -13,6 +13,9 @@
 //   a_K = -(X_Q X^T)^T gy_Q,     a_k = a_{k+1} - (X X^T) D'_k,     rate's gradient: D_k . a_{k+1}
 //   W_0's gradient: gy_Q^T X_Q + (sum_k D'_k)^T X
 //
+// Of few outputs W_K costs less than X_Q X^T (Factored::whole): the queries' layer is then the
+// plain one, and its weight's gradient G = gy_Q^T X_Q gives a_K = -X G^T and X's share -A_K G.
+//
 // The engine's vectors of adapted parameters hold A where W would stand (Layout::kFactored), and
 // their gradient -D, so that steps and rates treat it as any parameter. A and D lie as y does:
 // where y is turned, [outputs, supports], the products above are those of the transposed matrices.
@@ -27,8 +30,9 @@ template <class T>
 struct FactoredBuffers {
   int64_t gram = -1;        // X X^T, [S, ld of S]
   int64_t query_gram = -1;  // X_Q X^T, [Q, ld of S]; X X_Q^T, [S, ld of Q], for turned y
-  int64_t base = -1;        // X W_0^T, as y
-  int64_t tangents = -1;    // sum over the steps of D', as y
+  int64_t weight = -1, weight_gradient = -1;  // W_K and G, in the place of query_gram
+  int64_t base = -1;                          // X W_0^T, as y
+  int64_t tangents = -1;                      // sum over the steps of D', as y
   int64_t gram_gradient = -1, query_gram_gradient = -1;
   int64_t gram_ld = 0, query_gram_ld = 0;
 };
@@ -50,13 +54,6 @@ class FactoredLayer {
     const int64_t ld = node_.in.ld, n = node_.in.channels;
     const ConstMatrix<T> rows{x, supports_, ld, ld};
     gemm_transposed<T, 1>(supports_, {{x, ld, rows, n}}, at(b_.gram), b_.gram_ld);
-    if (turned()) {
-      gemm_transposed<T, 1>(supports_, {{x, ld, {query_x, queries_, ld, ld}, n}}, at(b_.query_gram),
-                            b_.query_gram_ld);
-    } else {
-      gemm_transposed<T, 1>(queries_, {{query_x, ld, rows, n}}, at(b_.query_gram),
-                            b_.query_gram_ld);
-    }
     product::to_output<T>(dims(supports_), {x, w}, {}, {}, at(b_.base));
     for (int64_t place : {b_.tangents, b_.gram_gradient}) {
       if (place >= 0) std::fill_n(at(place), size_of(place), T(0));
@@ -92,9 +89,15 @@ class FactoredLayer {
   }
 
   void query_forward(const T* w, const T* a, const T* bias, T* y) const {
-    product::to_output<T>(dims(queries_), {query_x_, w}, {}, {T(1), bias}, y);
-    const GemmStart<T> start{T(-1), nullptr, y};
     const product::Dims<T> d = dims(queries_);
+    if (b_.weight >= 0) {
+      weights(w, a, at(b_.weight));
+      w = at(b_.weight);
+    }
+    product::to_output<T>(d, {query_x_, w}, {}, {T(1), bias}, y);
+    if (b_.weight >= 0) return;
+    query_products();
+    const GemmStart<T> start{T(-1), nullptr, y};
     if (turned()) {
       gemm<T>(d.outputs, supports_, a, dims(supports_).ldy, 1,
               {at(b_.query_gram), supports_, d.ldy, d.ldy}, {y, d.outputs, d.ldy, d.ldy}, start);
@@ -105,10 +108,17 @@ class FactoredLayer {
   }
 
   // Adds to a's cotangent, to W_0's gradient (or writes it) and, where given, to the query's
-  // cotangent.
+  // cotangent. support_gx: X's cotangent, where wanted; finish() adds what is not added here.
   void query_backward(const T* w, const T* a, const T* gy, T* cotangent, T* gw, bool writes, T* gx,
-                      bool add_gx, T* scratch) {
+                      bool add_gx, T* support_gx, T* scratch) {
     const product::Dims<T> d = dims(queries_);
+    if (b_.weight >= 0) {
+      T* gradient = at(b_.weight_gradient);
+      add_to_weight(query_x_, gy, queries_, gradient, false);
+      weights_backward(a, gradient, cotangent, gw, writes, support_gx, scratch);
+      if (gx != nullptr) add_through_weight(at(b_.weight), gy, queries_, gx, add_gx, scratch);
+      return;
+    }
     GemmStart<T> start{T(-1), nullptr, cotangent};
     if (turned()) {
       const ConstMatrix<T> gram{at(b_.query_gram), supports_, b_.query_gram_ld, b_.query_gram_ld};
@@ -136,11 +146,16 @@ class FactoredLayer {
     if (gx == nullptr) return;
     add_through_weight(w, sum, supports_, gx, true, scratch);
     T* gram = at(b_.gram_gradient);
+    const int64_t ld = b_.gram_ld;
+    for (int64_t i = 0; i < supports_; ++i) {  // X stands on both sides of X X^T
+      for (int64_t j = 0; j <= i; ++j) {
+        gram[i * ld + j] = gram[j * ld + i] = gram[i * ld + j] + gram[j * ld + i];
+      }
+    }
     GemmStart<T> start{T(1), nullptr, gx};
     const Matrix<T> to{gx, supports_, node_.in.ld, node_.in.ld};
-    gemm<T>(supports_, supports_, gram, b_.gram_ld, 1, inputs(x_), to, start);
-    gemm<T>(supports_, supports_, gram, 1, b_.gram_ld, inputs(x_), to, start);
-    if (!with_queries) return;
+    gemm<T>(supports_, supports_, gram, ld, 1, inputs(x_), to, start);
+    if (!with_queries || b_.weight >= 0) return;
     gemm<T>(supports_, queries_, at(b_.query_gram_gradient), 1, b_.gram_ld, inputs(query_x_), to,
             start);
   }
@@ -150,14 +165,15 @@ class FactoredLayer {
     product::to_weights<T, 1>(dims(supports_), {{x_, a}}, {T(-1), nullptr, w}, out);
   }
 
-  // From the cotangent of W_K: adds to a's, to W_0's gradient and, where given, to X's. scratch
-  // holds outputs * padded(inputs) numbers.
-  void weights_backward(const T* a, const T* from, T* cotangent, T* gw, T* gx, T* scratch) const {
+  // From the cotangent of W_K: adds to a's, to W_0's gradient (or writes it) and, where given, to
+  // X's. scratch holds outputs * padded(inputs) numbers.
+  void weights_backward(const T* a, const T* from, T* cotangent, T* gw, bool writes, T* gx,
+                        T* scratch) const {
     const product::Dims<T> d = dims(supports_);
     product::to_output<T>(d, {x_, from}, {}, {T(-1), nullptr, cotangent}, cotangent);
     if (gw != nullptr) {
       const int64_t size = d.narrow ? d.outputs * d.input_cols : d.inputs * d.ldy;
-      for (int64_t i = 0; i < size; ++i) gw[i] += from[i];
+      for (int64_t i = 0; i < size; ++i) gw[i] = writes ? from[i] : gw[i] + from[i];
     }
     if (gx == nullptr) return;
     product::to_input<T, 1>(d, {{a, product::weights_of(d, from, scratch)}}, gx, true, T(-1));
@@ -179,6 +195,18 @@ class FactoredLayer {
   }
   ConstMatrix<T> state(const T* a) const { return output(a); }
   ConstMatrix<T> inputs(const T* x) const { return {x, supports_, node_.in.ld, node_.in.ld}; }
+
+  // X_Q X^T, after another product has brought X_Q near.
+  void query_products() const {
+    const int64_t ld = node_.in.ld, n = node_.in.channels;
+    if (turned()) {
+      gemm_transposed<T, 1>(supports_, {{x_, ld, {query_x_, queries_, ld, ld}, n}},
+                            at(b_.query_gram), b_.query_gram_ld);
+    } else {
+      gemm_transposed<T, 1>(queries_, {{query_x_, ld, {x_, supports_, ld, ld}, n}},
+                            at(b_.query_gram), b_.query_gram_ld);
+    }
+  }
 
   // f(i, the bias of number i) for the numbers of y of the supports.
   template <class F>

@@ -37,7 +37,8 @@ struct Param {
 struct Factored {
   int value;
   int param;
-  Param weight;  // as kMatrix, its offset in a buffer of all factored layers' weights
+  Param weight;  // whole, its offset in a buffer of all factored layers' weights
+  bool whole;    // the queries go through the whole W_K (factored.h)
 };
 
 // One of the two lists of parameters.
@@ -145,7 +146,8 @@ class Plan {
   }
 
   // Chooses the linear layers to keep factored: by multiply-adds of all steps and the queries, a
-  // weight that goes through memory counting as kMemory of them.
+  // weight that goes through memory counting as kMemory of them, and the small products of a
+  // factored step twice.
   void factor(const Adapt& args) {
     constexpr int64_t kMemory = 16;
     if (args.rate_each_number() || args.steps == 0) return;
@@ -158,12 +160,16 @@ class Plan {
       // it.
       const bool clean = n.in.ld % kWidth<T> == 0 && (n.in.ld == n.in.channels || n.input == 0);
       if (w.uses > 1 || !clean || s > n.in.channels) continue;
-      const int64_t out = padded<T>(n.out.channels), weights = w.size;
+      const int64_t weights = w.size, in = n.in.channels;
+      const int64_t state =
+          n.out.lanes > 0 ? n.out.channels * padded<T>(s) : s * padded<T>(n.out.channels);
       const int64_t dense = k * (7 * s + kMemory) * weights;
-      const int64_t factored_cost = 4 * s * weights + 3 * (s + q) * s * n.in.channels +
-                                    k * (5 * s + kMemory) * s * out + 2 * q * s * out;
+      const int64_t grams = 3 * q * s * in + 2 * q * state;  // the queries', or through W_K
+      const int64_t whole = (3 * s + 2 * kMemory) * weights;
+      const int64_t factored_cost = 4 * s * weights + 2 * s * s * in +
+                                    2 * k * (5 * s + kMemory) * state + std::min(grams, whole);
       if (factored_cost >= dense) continue;
-      Factored f{static_cast<int>(i) + 1, n.w.index, w};
+      Factored f{static_cast<int>(i) + 1, n.w.index, w, whole < grams};
       f.weight.offset = factored_size;
       factored_size += ceil_div(weights, int64_t{64 / sizeof(T)}) * int64_t{64 / sizeof(T)};
       factored.push_back(f);
@@ -272,9 +278,10 @@ void for_each_part(const Param& p, F f) {
 }
 
 // ---- torch's layouts to the engine's and back
-// Calls f(engine index, torch index) for each number of a part of a parameter.
+// Calls f(engine index, torch index) for each number of a part of a parameter; of a matrix from the
+// input `first` on.
 template <class T, class F>
-void for_each_number(const Param& p, const Part& part, F f) {
+void for_each_number(const Param& p, const Part& part, int64_t first, F f) {
   if (p.layout == Layout::kRows) {
     const int64_t ld = padded<T>(p.inputs);
     for (int64_t o = 0; o < p.outputs; ++o) {
@@ -294,7 +301,7 @@ void for_each_number(const Param& p, const Part& part, F f) {
     const int64_t column = part.begin + o;
     const int64_t from = (part.group * p.outputs + part.output + o) * p.inputs * p.taps;
     for (int64_t t = 0; t < p.taps; ++t) {
-      for (int64_t i = 0; i < p.inputs; ++i) {
+      for (int64_t i = first; i < p.inputs; ++i) {
         f(column + (t * p.inputs + i) * stride, from + i * p.taps + t);
       }
     }
@@ -350,14 +357,34 @@ void unpack(const ParamList& list, const T* compact, T* engine) {
   }
 }
 
+// The inputs of a panel that lie in whole vectors in torch's tensor, which is the transposed
+// matrix.
+template <class T>
+int64_t whole_inputs(const Param& p) {
+  const bool transposed = p.layout == Layout::kMatrix && p.taps == 1;
+  return transposed ? p.inputs / kWidth<T> * kWidth<T> : 0;
+}
 template <class T>
 void import_part(const Param& p, const Part& part, const T* torch, T* engine) {
-  std::fill_n(engine + part.begin, part.size, T(0));
-  for_each_number<T>(p, part, [=](int64_t e, int64_t t) { engine[e] = torch[t]; });
+  const int64_t whole = whole_inputs<T>(p), width = part.size / max_of<int64_t>(1, p.inputs);
+  const int64_t done = whole * width;
+  if (whole > 0) {
+    const T* from = torch + (part.group * p.outputs + part.output) * p.inputs;
+    transpose_rows<T>({from, part.count, whole, p.inputs}, 0, part.count, whole,
+                      {engine + part.begin, whole, width, width}, 0);
+  }
+  std::fill_n(engine + part.begin + done, part.size - done, T(0));
+  for_each_number<T>(p, part, whole, [=](int64_t e, int64_t t) { engine[e] = torch[t]; });
 }
 template <class T>
 void export_part(const Param& p, const Part& part, const T* engine, T* torch) {
-  for_each_number<T>(p, part, [=](int64_t e, int64_t t) { torch[t] = engine[e]; });
+  const int64_t whole = whole_inputs<T>(p), width = part.size / max_of<int64_t>(1, p.inputs);
+  if (whole > 0) {
+    T* to = torch + (part.group * p.outputs + part.output) * p.inputs;
+    transpose_rows<T>({engine + part.begin, whole, width, width}, 0, whole, part.count,
+                      {to, part.count, whole, p.inputs}, 0);
+  }
+  for_each_number<T>(p, part, whole, [=](int64_t e, int64_t t) { torch[t] = engine[e]; });
 }
 template <class T>
 void import_param(const Param& p, const T* torch, T* engine) {

@@ -138,7 +138,7 @@ class Task {
       if (const int f = factored_at_[v]; f >= 0) {
         factored_[f].query_backward(weight(f), x.w, x.gy, x.gw,
                                     weight_gradient + c_.plan.factored[f].weight.offset, writes,
-                                    x.gx, x.add_gx, at(b_.scratch));
+                                    x.gx, x.add_gx, support_cotangent(f), at(b_.scratch));
         add_bias_gradient(x.node, x.rows, x.gy, x.gb);
       } else {
         run_backward(x);
@@ -207,10 +207,9 @@ class Task {
   void finish(bool with_queries, T* weight_gradient, T* shared_gradient) {
     if (!c_.wants.second_order) return;
     for (size_t f = 0; f < factored_.size(); ++f) {
-      const int u = c_.plan.nodes[c_.plan.factored[f].value - 1].input;
       factored_[f].finish(weight(f), with_queries,
-                          weight_gradient + c_.plan.factored[f].weight.offset,
-                          b_.support.gy[u] >= 0 ? at(b_.support.gy[u]) : nullptr, at(b_.scratch));
+                          weight_gradient + c_.plan.factored[f].weight.offset, support_cotangent(f),
+                          at(b_.scratch));
     }
     const Moment<T> beginning{c_.theta, 0, 0, task_};
     for (int v = values() - 1; v > 0; --v) {
@@ -255,12 +254,10 @@ class Task {
   template <class F>
   void whole_weight_backward(int f, const T* theta, T* weight_gradient, F import) {
     import(at(b_.scratch));
-    const int u = c_.plan.nodes[c_.plan.factored[f].value - 1].input;
-    const bool x = c_.wants.second_order && b_.support.gy[u] >= 0;
     const Param& w = c_.plan.factored[f].weight;
     factored_[f].weights_backward(theta + state_offset(f), at(b_.scratch),
-                                  cotangent() + state_offset(f), weight_gradient + w.offset,
-                                  x ? at(b_.support.gy[u]) : nullptr, at(b_.scratch) + w.size);
+                                  cotangent() + state_offset(f), weight_gradient + w.offset, false,
+                                  support_cotangent(f), at(b_.scratch) + w.size);
   }
 
   T* gradient() const { return at(b_.gradient); }
@@ -322,6 +319,11 @@ class Task {
     update->factor = -rate_of(step, ref.index);
   }
 
+  // That of a factored layer's input, where it is wanted.
+  T* support_cotangent(size_t f) const {
+    const int64_t place = b_.support.gy[c_.plan.nodes[c_.plan.factored[f].value - 1].input];
+    return c_.wants.second_order && place >= 0 ? at(place) : nullptr;
+  }
   const T* weight(size_t f) const { return c_.weights + c_.plan.factored[f].weight.offset; }
   int64_t state_offset(size_t f) const {
     return c_.plan.fast.params[c_.plan.factored[f].param].offset;
