@@ -225,6 +225,8 @@ def flops(work: Work) -> float:
     A layer of n rows, a inputs and b outputs has unit u = 2 n a b. A pass forward takes u, backward
     2u (u in the first layer, whose inputs need no gradient); the reverse of an inner step is one
     Hessian-vector product, another 6u (2u in the first layer, 4u with gradients to the features).
+    The steps of a first layer that is linear can do with products of its supports among each other
+    (csrc/engine/factored.h): where that takes fewer, it counts.
     """
 
     def units(rows: int) -> list[float]:
@@ -241,6 +243,12 @@ def flops(work: Work) -> float:
     for i, (s, q) in enumerate(zip(units(work.support), units(work.query), strict=True)):
         pass_ = 2 if i == 0 else 3
         product = 6 if i else (4 if work.to_features else 2)
-        total += work.K * s * (pass_ + (product if work.second_order else 0))
+        steps = work.K * s * (pass_ + (product if work.second_order else 0))
+        if i == 0 and work.arch != "conv4":
+            n, a, b = work.support, *work.sizes[:2]
+            products = 1 + work.to_features  # how many n x n matrices; and b columns of them a step
+            factored = products * 2 * n * n * a + work.K * (1 + products) * 2 * n * n * b
+            steps = min(steps, factored + (6 if work.to_features else 4) * s)
+        total += steps
         total += q * (3 if i or work.to_features else 2)
     return work.T * total
