@@ -188,7 +188,7 @@ static void gemm_transposed_columns(int64_t m, const TransposedTerm<T> (&terms)[
 template <class T, int kTerms>
 static void gemm_transposed(int64_t m, const TransposedTerm<T> (&terms)[kTerms], T* c, int64_t ldc,
                             GemmStart<T> start = {}) {
-  constexpr int64_t kFewRows = 10;  // as many as a narrow layer has outputs, at most (narrow.h)
+  constexpr int64_t kFewRows = 10;  // as many as a narrow layer has outputs, at most (is_narrow)
   constexpr int64_t kBlock = 4096 / sizeof(T);  // columns of which a tile stays in the first cache
   const int64_t n = terms[0].w.rows;
   int64_t cols = 0;

@@ -24,7 +24,7 @@ template <class T>
 class Run {
  public:
   Run(const Adapt& args, const AdaptGradients* gradients, Mode mode)
-      : args_(args), gradients_(gradients), mode_(mode), plan_(args) {
+      : args_(args), gradients_(gradients), mode_(mode), plan_(args, kGrain<T>) {
     if (gradients != nullptr) {
       const AdaptGradients& g = *gradients;
       wants_.shared = g.shared != nullptr && args.num_shared > 0;
@@ -39,7 +39,7 @@ class Run {
     }
   }
 
-  const Plan<T>& plan() const { return plan_; }
+  const Plan& plan() const { return plan_; }
 
   void operator()(ParallelFor par) {
     check();
@@ -419,7 +419,7 @@ class Run {
   const Adapt& args_;
   const AdaptGradients* gradients_;
   Mode mode_;
-  Plan<T> plan_;
+  Plan plan_;
   Wants wants_;
   int64_t rate_width_ = 0, rate_size_ = 0, group_size_ = 0, groups_ = 0;
   T* group_gradients_ = nullptr;

@@ -8,7 +8,7 @@
 #include "engine/layers/convolution.h"
 #include "engine/layers/layers.h"
 #include "engine/layers/product.h"
-#include "engine/plan.h"
+#include "engine/layout.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
 
@@ -40,7 +40,7 @@ class Buffers {
   }
 
   // one_pass: the steps' sweep back follows the steps at once, in the same memory.
-  Buffers(const Plan<T>& plan, const Adapt& args, const Wants& wants, bool one_pass) {
+  Buffers(const Plan& plan, const Adapt& args, const Wants& wants, bool one_pass) {
     const int values = static_cast<int>(plan.shapes.size());
     const int64_t parameters = plan.fast.size;
     // Whether a value that depends on no adapted parameter has a cotangent that somebody wants.
@@ -177,7 +177,7 @@ class Buffers {
   // Whether a value's cotangent may lie where its input's will: the layer works number by number
   // then, and nobody else adds to that. In the queries alone, whose cotangents are used once, and
   // not with the caller, whose places only the readers of the input follow.
-  static bool replaces(const Plan<T>& plan, const Pass& p, int v) {
+  static bool replaces(const Plan& plan, const Pass& p, int v) {
     if (v == 0) return false;
     const Node& n = plan.nodes[v - 1];
     const bool each = n.kind == Kind::kBatchNorm || layers::is_activation(n.kind);
@@ -190,7 +190,7 @@ class Buffers {
   static constexpr int64_t kWorth = 16;  // operations for a byte
 
   // Of a pass over the supports, those that a record spares: values, and cotangents of values.
-  static int64_t operations(const Plan<T>& plan, int64_t rows) {
+  static int64_t operations(const Plan& plan, int64_t rows) {
     int64_t sum = 0;
     for (int v = 1; v < static_cast<int>(plan.shapes.size()); ++v) {
       const Node& n = plan.nodes[v - 1];

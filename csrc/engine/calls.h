@@ -10,7 +10,7 @@ namespace fastmeta::engine::FASTMETA_ISA {
 template <class T>
 struct Common {
   const Adapt& args;
-  const Plan<T>& plan;
+  const Plan& plan;
   const Wants& wants;
   const Buffers<T>& buffers;
   const T* theta;    // theta_0

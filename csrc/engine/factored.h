@@ -21,7 +21,6 @@
 // where y is turned, [outputs, supports], the products above are those of the transposed matrices.
 #pragma once
 #include "engine/layers/product.h"
-#include "engine/plan.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
 

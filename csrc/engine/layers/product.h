@@ -1,16 +1,16 @@
 // linear, and conv2d of single pixels: one matrix product, Y[positions, outputs] = X W, X read in
 // place. Other convolutions are in convolution.h. Weights are Matrix [inputs][outputs] in panels,
-// or [outputs][inputs] where there are few outputs (narrow.h, plan.h).
+// or [outputs][inputs] where there are few outputs (layout.h).
 //
 // Multiply-adds, in units of positions * inputs * outputs: forward 1, backward 2, dual_forward 3 (2
 // where the input has no tangent), dual_backward 5 (2 where the input has none and wants none), and
 // one more each for the primal weight gradient where it is wanted. Both duals are spared one where
 // the primal values are known from the first pass.
 #pragma once
-#include "common/gemm.h"
+#include "common/gemm_transposed.h"
 #include "engine/layers/convolution.h"
 #include "engine/layers/lanes.h"
-#include "engine/layers/narrow.h"
+#include "engine/layout.h"
 
 namespace fastmeta::engine::FASTMETA_ISA::product {
 
@@ -26,7 +26,7 @@ struct Dims {
         ldx(n.in.ld),
         input_cols(padded<T>(inputs)),
         ldy(n.out.lanes > 0 ? n.out.padded_rows(rows) : n.out.ld),
-        narrow(narrow::applies<T>(n)),
+        narrow(is_narrow(n, kGrain<T>)),
         turned(n.out.lanes > 0) {}
   int64_t positions, inputs, outputs;
   int64_t ldx, input_cols;
