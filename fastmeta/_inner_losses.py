@@ -86,7 +86,7 @@ class NamedLoss:
             spread = torch.where(valid, spread, 0).sum()
             total = (1 - self.smoothing) * total + self.smoothing * spread
         mass = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
-        return total / torch.where(mass == 0, 1, mass)
+        return torch.where(mass == 0, 0, total / torch.where(mass == 0, 1, mass))
 
 
 Loss = NamedLoss | Callable[[Tensor, Tensor], Tensor]

@@ -81,3 +81,22 @@ def test_numpys_numbers_are_numbers():
     model, data = make("mlp")
     maml = MAML(model, np.float32(0.125), np.int64(2), task_chunk=np.int32(2))
     torch.testing.assert_close(maml(*data[:3]), MAML(model, 0.125, 2)(*data[:3]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_tasks_whose_labels_have_no_weight_are_no_loss(smoothing):
+    """Neither the inner loop nor the query loss divides by their weight of 0, on any strategy."""
+    model, (support_x, support_y, query_x, query_y) = make("mlp")
+    support_y[1], query_y[2] = 0, 0
+    weight = torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    found = {}
+    for strategy in ("engine", "vmap", "loop"):
+        maml = MAML(model, 0.3, 2, loss=loss, strategy=strategy)
+        torch.testing.assert_close(maml(support_x, support_y, query_x)[1], model(query_x[1]))
+        value = maml.loss(support_x, support_y, query_x, query_y)
+        alone = maml.loss(support_x[2:], support_y[2:], query_x[2:], query_y[2:])
+        assert alone == 0
+        found[strategy] = [value, *torch.autograd.grad(value, list(model.parameters()))]
+    torch.testing.assert_close(found["engine"], found["loop"])
+    torch.testing.assert_close(found["vmap"], found["loop"])

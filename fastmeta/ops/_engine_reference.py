@@ -196,7 +196,7 @@ def task_loss(loss: Loss, shared: Sequence[Tensor], prediction: Tensor, target: 
     if weight is None:
         return total / valid.sum().clamp(min=1)
     mass = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
-    return total / torch.where(mass == 0, 1, mass)
+    return torch.where(mass == 0, 0, total / torch.where(mass == 0, 1, mass))
 
 
 def _predict(plan: Program, inputs: Inputs, theta: list[Tensor], seed: int, task: int) -> Tensor:
