@@ -405,7 +405,7 @@ class Engine:
             if type(t) is not Tensor or not t.is_cpu:
                 return None
         found = self._recalled.get(_signature(*given))
-        if found is None or not structure.same() or unusual_call() or _autocast("cpu"):
+        if found is None or not structure.same(False) or unusual_call() or _autocast("cpu"):
             return None
         ready, (fast, shared), padding_matters = found
         support_x, support_y, query_x, query_y = given

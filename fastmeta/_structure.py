@@ -26,7 +26,8 @@ IMMUTABLE = (str, bytes, int, float, complex, bool, type(None), torch.dtype, tor
 OPAQUE = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 #: What may change of a tensor that stays the same object.
-ASKED = operator.attrgetter("requires_grad", "dtype", "device", "shape")
+LEARNS = operator.attrgetter("requires_grad")
+FORM = operator.attrgetter("dtype", "device", "shape")
 
 #: Containers of more items are data.
 MOST_ITEMS = 1000
@@ -81,7 +82,7 @@ class Structure:
         self._hooked = [len(h) for h in self._hooks] if any(self._hooks) else None
         self._tensors = [slot for places in self.slots.values() for slot in places]
         self._tensors += self.buffers.values()
-        self._state = self._look()
+        self._state = self._look(True)
         self._seen.clear()
         self._watched.clear()
 
@@ -115,23 +116,29 @@ class Structure:
             for item in container.values() if isinstance(container, dict) else container:
                 self._meet(item, depth + 1)
 
-    def same(self) -> bool:
-        """Whether nothing has changed but the numbers."""
+    def same(self, forms: bool = True) -> bool:
+        """Whether nothing has changed but the numbers.
+
+        Args:
+            forms: Look at dtypes, devices and shapes, which takes as long as all else. Without:
+                for who hands the tensors to an op that holds them against what it expects.
+        """
         try:
             if any(self._empty) or self._now != self._before:
                 return False
             if self._hooked is not None and [len(h) for h in self._hooks] != self._hooked:
                 return False
             return (self._hooked is not None or not any(self._hooks)) and (
-                self._look() == self._state
+                self._look(forms) == (self._state if forms else self._state[:2])
             )
         except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
             # Another tensor in a place compares number by number, and has no truth value.
             return False
 
-    def _look(self) -> tuple[list[int], list[Any]]:
+    def _look(self, forms: bool) -> tuple[list[Any], ...]:
         tensors = [held[key] for held, key in self._tensors]
-        return list(map(id, tensors)), list(map(ASKED, tensors))
+        found = list(map(id, tensors)), list(map(LEARNS, tensors))
+        return (*found, list(map(FORM, tensors))) if forms else found
 
     def slot(self, name: str) -> tuple[dict[str, Any], str]:
         """Where the parameter or buffer of this name is."""

@@ -186,6 +186,31 @@ def test_changes_of_the_module_are_noticed(change):
     agree(loss_gradients(maml, data), loss_gradients(MAML(model, 0.1, 2), data), 1e-12)
 
 
+def _set_shapes(model, *shapes):
+    for p, shape in zip(model.parameters(), shapes, strict=True):
+        p.data = torch.randn(shape, dtype=p.dtype)
+
+
+def test_tensors_of_other_shapes_and_dtypes_in_the_same_parameters_are_noticed():
+    """What ``.data`` was set to: the parameter is the same object, and the layer does not know."""
+    model, data = make("mlp")
+    maml = MAML(model, 0.1, 2)
+    for _ in range(2):
+        maml.loss(*data)
+    _set_shapes(model, (7, 4), (7,), (3, 7), (3,))  # another width
+    agree(loss_gradients(maml, data), loss_gradients(MAML(model, 0.1, 2), data), 1e-12)
+    maml.loss(*data)
+    _set_shapes(model, (4, 7), (7,), (3, 7), (3,))  # as many numbers, and no layer
+    for again in (maml, MAML(model, 0.1, 2, strategy="loop")):
+        with pytest.raises(RuntimeError):
+            again.loss(*data)
+    _set_shapes(model, (7, 4), (7,), (3, 7), (3,))
+    for p in model.parameters():
+        p.data = p.data.float()
+    single = [t.float() if t.is_floating_point() else t for t in data]
+    agree(loss_gradients(maml, single), loss_gradients(MAML(model, 0.1, 2), single), 1e-6)
+
+
 def test_functional_call_and_transforms_are_noticed():
     model, data = make("mlp")
     maml = MAML(model, 0.1, 2)

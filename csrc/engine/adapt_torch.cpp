@@ -64,6 +64,7 @@ class Inputs {
       fast_numbers_ += tensor.numel();
     }
     for (const Tensor& tensor : shared) shared_numel_.push_back(tensor.numel());
+    check_parameters(fast, shared);
     args.fast_numel = fast_numel_.data();
     args.shared_numel = shared_numel_.data();
     args.num_shared = hold_all(shared, "shared", &shared_);
@@ -112,6 +113,35 @@ class Inputs {
   Adapt args{};
 
  private:
+  // Whether each parameter has the shape that torch's layer has it in.
+  void check_parameters(const Tensors& fast, const Tensors& shared) const {
+    const auto check = [&](const ParamRef& ref, std::initializer_list<int64_t> size) {
+      if (!ref) return;
+      const Tensors& list = ref.adapted ? fast : shared;
+      STD_TORCH_CHECK(ref.index < static_cast<int>(list.size()),
+                      "fastmeta: the program names a parameter that was not given");
+      const Tensor& tensor = list[ref.index];
+      bool same = tensor.dim() == static_cast<int64_t>(size.size());
+      for (size_t i = 0; same && i < size.size(); ++i) same = tensor.size(i) == size.begin()[i];
+      STD_TORCH_CHECK(same, "fastmeta: ", ref.adapted ? "fast[" : "shared[", ref.index,
+                      "] has an unexpected shape");
+    };
+    for (const Node& n : program_->nodes) {
+      const int64_t inputs = n.in.channels, outputs = n.out.channels;
+      if (n.kind == Kind::kLinear) {
+        check(n.w, {outputs, inputs});
+      } else if (n.kind == Kind::kConv2d) {
+        check(n.w, {outputs, inputs / n.groups, n.k[0], n.k[1]});
+      } else if (n.kind == Kind::kLayerNorm && !n.in.flat) {
+        for (const ParamRef& ref : {n.w, n.b}) check(ref, {inputs, n.in.height, n.in.width});
+        continue;
+      } else {
+        check(n.w, {inputs});
+      }
+      for (const ParamRef& ref : {n.b, n.mean, n.var}) check(ref, {outputs});
+    }
+    check(program_->loss.weight, {program_->shapes.back().channels});
+  }
   int64_t hold_all(const Tensors& tensors, const char* name, std::vector<const void*>* out) {
     for (const Tensor& tensor : tensors) out->push_back(hold(tensor, name, dtype_));
     return static_cast<int64_t>(tensors.size());

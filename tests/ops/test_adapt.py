@@ -403,15 +403,15 @@ def test_a_prediction_that_nothing_adapted_influences_is_refused():
         adapt(*arguments, 1, 0, False, False, False)
 
 
-@pytest.mark.parametrize("wrong", ["fast", "shared"])
-def test_a_parameter_of_another_size_is_refused(wrong):
+@pytest.mark.parametrize("wrong", ["fast", "shared", "turned"])
+def test_a_parameter_of_another_shape_is_refused(wrong):
     """By the kernel: the reference meets torch's own complaint."""
     text = "fm1;in=4;linear(0,w=s0,out=3);linear(1,w=f0,out=3);loss=mse()"
     fast, shared = torch.ones(3, 3), torch.ones(3, 4)
     if wrong == "fast":
         fast = fast[:2]
     else:
-        shared = shared[:2]
+        shared = shared[:2] if wrong == "shared" else shared.t().contiguous()
     x, y = torch.ones(1, 2, 4), torch.ones(1, 2, 3)
     with pytest.raises((ValueError, RuntimeError)):
         adapt(text, [fast], [shared], torch.ones(1, 1), x, y, x, 1, 0, False, False, False)
