@@ -219,14 +219,29 @@ def unrolled(work: Work, parameters: list[Tensor], batch: list[Tensor]) -> list[
     return [*grads[:count], torch.stack(rest[0::2]), torch.stack(rest[1::2])]
 
 
+def _factored(work: Work, s: float) -> float:
+    """What a linear layer takes on inputs that no step changes, but for u or 2u of the queries.
+
+    Its fast weight is the initial one and products of the n supports with a cotangent for each
+    (csrc/engine/factored.h). A pass over the supports with a whole weight takes ``s``.
+    """
+    n, q, a, b = work.support, work.query, *work.sizes[:2]
+    second = int(work.second_order)
+    total = n * (n + 1.0) * a + (1 + second) * s  # X X^T; X W_0^T and what comes back from it
+    total += 2.0 * n * n * b * (work.K - 1) * (1 + second + work.to_features)
+    if work.to_features:  # through W_K, and X's gradient by W_0, by W_K and by X X^T
+        return total + 4 * s + 2.0 * n * n * a
+    return total + min((1 + second) * s, 2.0 * q * n * a + (1 + second) * 2.0 * q * n * b)
+
+
 def flops(work: Work) -> float:
     """Operations of the matrix products and convolutions that the exact result takes.
 
     A layer of n rows, a inputs and b outputs has unit u = 2 n a b. A pass forward takes u, backward
     2u (u in the first layer, whose inputs need no gradient); the reverse of an inner step is one
     Hessian-vector product, another 6u (2u in the first layer, 4u with gradients to the features).
-    The steps of a first layer that is linear can do with products of its supports among each other
-    (csrc/engine/factored.h): where that takes fewer, it counts.
+    The steps of a first layer that is linear count in factored form (`_factored`) where that is
+    less.
     """
 
     def units(rows: int) -> list[float]:
@@ -245,10 +260,7 @@ def flops(work: Work) -> float:
         product = 6 if i else (4 if work.to_features else 2)
         steps = work.K * s * (pass_ + (product if work.second_order else 0))
         if i == 0 and work.arch != "conv4":
-            n, a, b = work.support, *work.sizes[:2]
-            products = 1 + work.to_features  # how many n x n matrices; and b columns of them a step
-            factored = products * 2 * n * n * a + work.K * (1 + products) * 2 * n * n * b
-            steps = min(steps, factored + (6 if work.to_features else 4) * s)
+            steps = min(steps, _factored(work, s))
         total += steps
         total += q * (3 if i or work.to_features else 2)
     return work.T * total
