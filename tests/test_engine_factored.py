@@ -56,12 +56,14 @@ def _agree(model, data, **options):
     assert maml.plan().strategy == "engine"
 
 
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_agrees_with_unrolling(name):
+def test_agrees_with_unrolling(name, first_order):
     sizes, supports, queries, steps = LAYERS[name]
     torch.manual_seed(0)
     model = nn.Sequential(*_net(sizes)).double()
-    _agree(model, _data(sizes[0], sizes[-1], supports, queries), steps=steps)
+    data = _data(sizes[0], sizes[-1], supports, queries)
+    _agree(model, data, steps=steps, first_order=first_order)
 
 
 @pytest.mark.parametrize("name", LAYERS)

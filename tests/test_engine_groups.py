@@ -7,18 +7,25 @@ from torch import nn
 
 from fastmeta.maml import MAML
 
+#: Models whose first layer is factored, supports and queries.
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(300, 130), nn.Tanh(), nn.Linear(130, 5)), 4, 6),
+    "head": (lambda: nn.Sequential(nn.Linear(300, 5)), 15, 40),
+}
 
+
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("tasks", [33, 70])
-def test_many_tasks_of_a_large_network(tasks):
+def test_many_tasks_of_a_large_network(tasks, net):
     """Groups of several tasks, and sums of gradients that threads share: the same bits from any."""
-    sizes = (300, 130, 5)  # the first layer is factored
+    build, supports, queries = NETS[net]
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:])).double()
+    model = build().double()
     data = (
-        torch.randn(tasks, 4, sizes[0]).double(),
-        torch.randint(5, (tasks, 4)),
-        torch.randn(tasks, 6, sizes[0]).double(),
-        torch.randint(5, (tasks, 6)),
+        torch.randn(tasks, supports, 300).double(),
+        torch.randint(5, (tasks, supports)),
+        torch.randn(tasks, queries, 300).double(),
+        torch.randint(5, (tasks, queries)),
     )
     maml = MAML(model, 0.1, 2, strategy="engine")
 

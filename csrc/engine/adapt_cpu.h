@@ -57,7 +57,6 @@ class Run {
     groups_ = num_groups(args_.tasks, group_size_ * static_cast<int64_t>(sizeof(T)));
     added_.assign(groups_, 0);
     writes_weights_ = mode_ == Mode::kMetaStep && args_.queries > 0;
-    for (const Factored& f : plan_.factored) writes_weights_ &= plan_.live[f.value];
     call_memory.reset(
         Scratch::size_of<T>(plan_.fast.size) + Scratch::size_of<T>(plan_.factored_size) +
         Scratch::size_of<T>(plan_.shared.size) +

@@ -8,7 +8,7 @@
 #include "engine/layers/convolution.h"
 #include "engine/layers/layers.h"
 #include "engine/layers/product.h"
-#include "engine/layout.h"
+#include "engine/plan.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
 

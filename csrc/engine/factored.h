@@ -46,7 +46,8 @@ class FactoredLayer {
         supports_(args.supports),
         queries_(args.queries) {}
 
-  // Gram matrices and X W_0^T of a task. x, query_x: [rows, ld]; w as product.h has it.
+  // X X^T and X W_0^T of a task. x, query_x: [rows, ld], the latter yet to be computed; w as
+  // product.h has it.
   void begin(const T* x, const T* query_x, const T* w) {
     x_ = x;
     query_x_ = query_x;
@@ -155,8 +156,8 @@ class FactoredLayer {
     const Matrix<T> to{gx, supports_, node_.in.ld, node_.in.ld};
     gemm<T>(supports_, supports_, gram, ld, 1, inputs(x_), to, start);
     if (!with_queries || b_.weight >= 0) return;
-    gemm<T>(supports_, queries_, at(b_.query_gram_gradient), 1, b_.gram_ld, inputs(query_x_), to,
-            start);
+    gemm<T>(supports_, queries_, at(b_.query_gram_gradient), 1, b_.gram_ld,
+            {query_x_, queries_, node_.in.ld, node_.in.ld}, to, start);
   }
 
   // out = W_0 - A^T X

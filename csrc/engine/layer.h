@@ -43,7 +43,7 @@ struct LayerCall {
   T* y = nullptr;
   T* dy = nullptr;
 
-  const T* w = nullptr;  // parameters in the engine's layout (program.h)
+  const T* w = nullptr;  // parameters in the engine's layout (plan.h)
   const T* b = nullptr;
   const T* dw = nullptr;
   const T* db = nullptr;

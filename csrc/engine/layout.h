@@ -1,6 +1,8 @@
 // How a plan's parameters and values lie in memory on the CPU, and the way there from torch's
 // tensors and back.
 #pragma once
+#include <algorithm>
+
 #include "common/gemm.h"
 #include "engine/plan.h"
 

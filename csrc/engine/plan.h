@@ -1,8 +1,9 @@
 // What a program is for one call: what depends on what, which layers stay factored, how wide its
 // values are and where its parameters stand.
 //
-// Free of devices, instruction sets and scalar types: these come in as a Grain. What the forms that
-// it names look like in memory is layout.h's.
+// Free of devices, vector widths and scalar types: these come in as a Grain. (The namespace is that
+// of who includes it, or a linker could take one set's code for another's.) How numbers get into
+// the forms that it names is layout.h's.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -21,6 +22,7 @@ struct Grain {
 
 // Whether a layer has so few outputs that many lanes along them would be empty, as the last of a
 // regression or of a 5-way classifier: its weights lie as torch has them, lanes along the inputs.
+// Their rows end in whole vectors, with zeros, which sums over parameters read.
 inline bool is_narrow(const Node& node, const Grain& grain) {
   return node.kind == Kind::kLinear && node.out.channels <= grain.lanes * 5 / 8 &&
          node.in.ld % grain.lanes == 0;
@@ -94,7 +96,6 @@ class Plan {
     join_activations();
     lay_out(fast);
     lay_out(shared);
-    factor(args);
     live.assign(shapes.size(), false);
     live.back() = true;
     last_use.assign(shapes.size(), 0);
@@ -109,9 +110,9 @@ class Plan {
         last_use[u] = std::max(last_use[u], v);
       }
     }
+    factor(args);
   }
 
-  Param& param(const ParamRef& ref) { return list(ref).params[ref.index]; }
   const Param& param(const ParamRef& ref) const {
     return (ref.adapted ? fast : shared).params[ref.index];
   }
@@ -167,7 +168,7 @@ class Plan {
     const int64_t s = args.supports, q = args.queries, k = args.steps;
     for (size_t i = 0; i < nodes.size(); ++i) {
       const Node& n = nodes[i];
-      if (n.kind != Kind::kLinear || !is_static[n.input] || !n.w.adapted) continue;
+      if (n.kind != Kind::kLinear || !is_static[n.input] || !n.w.adapted || !live[i + 1]) continue;
       Param& w = fast.params[n.w.index];
       // Padding of values other than the input may hold anything, and products of rows would take
       // it.

@@ -1,6 +1,5 @@
-// A program: the layers and the loss of a module that adapts, parsed from its text, with the shapes
-// and memory layouts that the engine gives its values and parameters. Free of torch and of
-// instruction sets.
+// A program: the layers and the loss of a module that adapts, parsed from its text. Free of torch
+// and of instruction sets.
 //
 // The text (fastmeta/ops/_engine_program.py writes it) has parts separated by ';':
 //

@@ -3,6 +3,7 @@
 #include "common/scratch.h"
 #include "engine/calls.h"
 #include "engine/layers/losses.h"
+#include "engine/layout.h"
 
 namespace fastmeta::engine::FASTMETA_ISA {
 
@@ -60,11 +61,6 @@ class Task {
     for (int v = 1; v < values(); ++v) {
       if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(calls_.support(v, beginning));
     }
-    // Whatever a factored layer reads in the queries is static as well.
-    const Moment<T> queries = of_queries(c_.theta);
-    for (int v = 1; !factored_.empty() && a.queries > 0 && v < values(); ++v) {
-      if (c_.plan.live[v] && c_.plan.is_static[v]) run_forward(calls_.query(v, queries));
-    }
     if (b_.support.turned_input >= 0) product::turn_input(calls_.support(values() - 1, beginning));
     for (size_t i = 0; i < factored_.size(); ++i) {
       const int u = c_.plan.nodes[c_.plan.factored[i].value - 1].input;
@@ -96,7 +92,7 @@ class Task {
 
   void query_forward(const T* theta) {
     for (int v = 1; v < values(); ++v) {
-      if (!c_.plan.live[v] || (!factored_.empty() && c_.plan.is_static[v])) continue;
+      if (!c_.plan.live[v]) continue;
       const LayerCall<T>& x = calls_.query(v, of_queries(theta));
       if (x.turned_x != nullptr) product::turn_input(x);
       if (const int f = factored_at_[v]; f >= 0) {

@@ -4,7 +4,7 @@
 //   gW[patch, outputs]  += A^T gY
 //   gX[pixels, inputs]   = G W^T       for each class of pixels; G read from a window over gY.
 //
-// Weights are Matrix [taps * inputs of a group][outputs] in panels (layout.h). Tangents are sums of
+// Weights are Matrix [taps * inputs of a group][outputs] in panels (plan.h). Tangents are sums of
 // two products, formed at once: dY = dA W + A dW, dgW += dA^T gY + A^T dgY, dgX = dG W^T + G dW^T.
 #pragma once
 #include <cstring>

@@ -1,6 +1,6 @@
 // linear, and conv2d of single pixels: one matrix product, Y[positions, outputs] = X W, X read in
 // place. Other convolutions are in convolution.h. Weights are Matrix [inputs][outputs] in panels,
-// or [outputs][inputs] where there are few outputs (layout.h).
+// or [outputs][inputs] where there are few outputs (plan.h).
 //
 // Multiply-adds, in units of positions * inputs * outputs: forward 1, backward 2, dual_forward 3 (2
 // where the input has no tangent), dual_backward 5 (2 where the input has none and wants none), and
