@@ -106,5 +106,6 @@ def overview(
     names = ["best eager PyTorch", "torch.compile", "JAX", "best library"]
     axis.legend(handles, names, fontsize=8, frameon=False, loc="lower right")
     axis.set_xlabel("time over fastmeta's: above 1 fastmeta is faster", fontsize=8)
-    axis.set_title(f"{title} ({_where(facts)})", fontsize=9, loc="left")
+    figure.suptitle(f"{title} ({_where(facts)})", fontsize=9, x=0.01, ha="left")
+    axis.margins(y=0.01)
     save(path, figure)
