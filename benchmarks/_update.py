@@ -313,7 +313,7 @@ def contestants(work: Work, data: Data, options: argparse.Namespace) -> Iterator
     if not work.shared and work.rate == "number":
         yield Contestant("_foreach stacked", by(foreach), "eager")
     yield Contestant("eager per task", by(lambda w: task_by_task(w, stacked(w))), "eager")
-    yield Contestant("torch flat", flat, note="one tensor [T, P], another layout")
+    yield Contestant("torch flat", flat, "eager", note="one tensor [T, P], another layout")
     yield Contestant("torch.compile stacked", compiled, "compiled")
     yield Contestant("JAX jit", by_jit, "jax")
     yield Contestant("TorchOpt per task", torchopt_step)

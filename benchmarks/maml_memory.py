@@ -93,17 +93,13 @@ def growth(work: Work, options: argparse.Namespace, steps: int) -> float:
     xs, ys, xq, yq = _maml.tensors(_maml.data(work), "float32", options.device)
     maml = fm.MAML(model, lr=work.lr, steps=work.K, loss="mse")
     optimizer = torch.optim.SGD(maml.parameters(), lr=1e-4)
-    outer = _maml.loss_of(work)
     before = 0
     for step in range(steps):
         if step == steps // 10:
             gc.collect()
             before = _memory.resident()
         optimizer.zero_grad()
-        if hasattr(maml, "loss"):
-            maml.loss(xs, ys, xq, yq).backward()
-        else:
-            outer(maml(xs, ys, xq).flatten(0, 1), yq.flatten(0, 1)).backward()
+        maml.loss(xs, ys, xq, yq).backward()
         optimizer.step()
     gc.collect()
     return (_memory.resident() - before) / 2**20

@@ -81,7 +81,7 @@ class MAML(nn.Module):
     for modules made of the layers it knows and losses known by name, in float32 and float64; its
     gradient cannot be differentiated again. ``"vmap"`` maps the forward pass over the tasks
     (``torch.func.vmap``) and takes gradients outside of it, so that second derivatives through
-    batch norm and layer norm are exact, which ``torch.func.grad`` inside ``vmap`` does not give.
+    batch norm and layer norm are exact, which ``torch.func.grad`` around ``vmap`` does not give.
     Convolutions (on CUDA those that may not round to TF32) and batch norm with weights of each task
     then run as `task_conv2d` and `task_batch_norm`, whose second derivatives stay batched.
     ``"loop"`` runs task after task and takes every module (recurrent layers, forward passes that

@@ -89,7 +89,7 @@ def test_gradients_inside_vmap_are_wrong_where_ours_are_right(name):
     wanted = unroll(model, data, lr=0.2, steps=2)
     agree(ours, wanted)
     theirs_off = max(float((theirs[n] - wanted[n]).norm() / wanted[n].norm()) for n in names[:1])
-    assert theirs_off > 1e-5, "torch's own way is right now: say so in the docstrings"
+    assert theirs_off > 1e-3, "torch's own way is right now: say so in the docstrings"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
